@@ -6,6 +6,9 @@ own weightd and client: naive, hybrid, +predictor, +windowing, +bundling, and ev
 token ids. The page cache is not used (O_DIRECT), and the daemon's DRAM is half of the model. The same run measures
 fio's sequential read, the model in transformers wholly in memory, and the model offloaded to disk by accelerate within
 the memory that weightd and client take together. What is compared is measured twice, in ABBA order.
+
+--dtype int8 int4 imports the model quantised, too, resident matrices as well, and runs the row "all" on it with half
+and with a quarter of the memory of 16 bit, to compare it with the row "all" of 16 bit at half.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -40,7 +43,10 @@ SEQUENTIAL = Case("sequential", 1 << 20, 8, False)
 FIO_SECONDS = 4.0
 SEED = 7
 PEER_TOKENS = {"dense": 24, "accelerate": 4}
-COMPARED = ("naive", "all")
+ALL = "all"
+COMPARED = ("naive", ALL)
+QUARTER = ", a quarter"
+FASTER = {"int8": 1.8, "int4": 2.5}  # than 16 bit with the same memory
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,7 @@ class Bench:
 
     work: Work
     sequential: list[float]  # GB/s of fio, so far
+    quantised: dict[str, Work]  # by dtype
 
     def read_sequentially(self) -> None:
         bundles = Store.open(self.work.store, readonly=True).bundles_path(self.work.model)
@@ -56,6 +63,16 @@ class Bench:
 
     def row(self, plan: RowPlan) -> Row:
         return summary(plan.name, run_row(plan, self.work))
+
+    def quantised_rows(self) -> list[Row]:
+        """Of each dtype, with half and with a quarter of the memory of 16 bit."""
+        (plan,) = [plan for plan in ROWS if plan.name == ALL]
+        quarter = replace(plan, memory="quarter")
+        rows = []
+        for dtype, work in self.quantised.items():
+            rows.append(told(summary(quantised_name(dtype), run_row(plan, work))))
+            rows.append(told(summary(quantised_name(dtype) + QUARTER, run_row(quarter, work))))
+        return rows
 
     def peer(self, kind: str, memory_bytes: int) -> Row:
         """A peer; "accelerate" within a cgroup of `memory_bytes`.
@@ -97,10 +114,12 @@ def measure(options: argparse.Namespace) -> tuple[Row, list[Row], list[Target]]:
     plans = [plan for plan in ROWS if plan.name in options.rows]
     bench.read_sequentially()
     rows = [told(bench.row(plan)) for plan in plans]
+    rows += bench.quantised_rows()
     peers = [] if options.no_peers else list(PEER_TOKENS)
     memory_bytes = round(max(row["all_memory_gb"] for row in rows if row["dram_gb"]) * 1e9)
     rows += [told(bench.peer(kind, memory_bytes)) for kind in peers]
     again = [told(bench.peer(kind, memory_bytes)) for kind in reversed(peers)]
+    again += bench.quantised_rows()[::-1]
     again += [told(bench.row(plan)) for plan in reversed(plans) if plan.name in COMPARED]
     bench.read_sequentially()
     kernel = sparse_row(Arena(torch.get_num_threads()), SHAPES[options.shape].hidden_size, gated_of(options.shape))
@@ -120,9 +139,20 @@ def told(row: Row) -> Row:
 
 
 def prepare(options: argparse.Namespace) -> Bench:
-    planted = planted_store(options.shape, options.folder)
     numbers = options.prompt_tokens, options.tokens, options.dense_tokens, SEED
-    return Bench(Work(planted.checkpoint, planted.store, planted.name, *numbers), [])
+
+    def work_of(encoding: str | None = None, whole_bytes: int | None = None) -> Work:
+        planted = planted_store(options.shape, options.folder, options.layers, encoding=encoding)
+        return Work(planted.checkpoint, planted.store, planted.name, *numbers, whole_bytes=whole_bytes)
+
+    work = work_of()
+    quantised = {dtype: work_of(dtype, work.model_bytes) for dtype in options.dtype}
+    return Bench(work, [], quantised)
+
+
+def quantised_name(dtype: str) -> str:
+    """Of the row "all" on a quantised model."""
+    return f"{ALL}, {dtype}"
 
 
 def targets_of(rows: Sequence[Row], facts: Sequence[Row]) -> list[Target]:
@@ -146,6 +176,11 @@ def targets_of(rows: Sequence[Row], facts: Sequence[Row]) -> list[Target]:
         ("decode_over_accelerate_ratio", accelerate, all_total, 15),
         ("kernel_over_memory_bandwidth_ratio", kernel, 1.0, 0.8),
     ]
+    for dtype, aim in FASTER.items():
+        whole = mean(ALL, "total_ms")
+        found.append((f"{dtype}_over_16_bit_ratio", whole, mean(quantised_name(dtype), "total_ms"), aim))
+        quarter = mean(quantised_name(dtype) + QUARTER, "total_ms")
+        found.append((f"{dtype}_with_a_quarter_over_16_bit_with_half_ratio", whole, quarter, 1.0))
     targets = [Target(name, over / under, "x", aim, "higher") for name, over, under, aim in found if over and under]
     if (planned := mean("all", "as_planned_share")) is not None:
         targets.append(Target("layers_as_planned_share", planned, "", 1.0, "higher"))
@@ -161,6 +196,8 @@ def _options() -> argparse.Namespace:
         "--folder", type=Path, default=Path("build/bench"), help="on the device to measure; its contents are kept"
     )
     parser.add_argument("--rows", nargs="+", choices=names, default=names)
+    parser.add_argument("--dtype", nargs="+", choices=FASTER, default=[], help="also of a quantised model, and compare")
+    parser.add_argument("--layers", type=int, help="of the model, if not those of the shape")
     parser.add_argument("--tokens", type=int, default=256, help="tokens to decode after the prompt")
     parser.add_argument(
         "--dense-tokens", type=int, default=8, help="tokens of rows that read all neurons for each token"

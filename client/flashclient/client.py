@@ -36,6 +36,7 @@ from flashclient.standard_streams import fill as fill_standard_streams
 from flashclient.torch_state import on_cpu
 from flashclient.turns import Turns
 from weightd_proto import weightd_pb2
+from weightd_proto.modes import KV_PLAIN
 
 
 class FlashClient:
@@ -71,6 +72,8 @@ class FlashClient:
         pool_bytes: size of the local pool of transport "grpc"; by default what the FFNs need, at most 256 MiB.
         tls_ca: PEM file of the certificate that signed the daemon's; turns TLS on.
         tls_cert, tls_key: PEM files of this client's certificate and key, for a daemon with --tls-client-ca.
+        kv_dtype: of keys and values. "plain" is the dtype of the model. "int8" takes and reads about half as much, at a
+            small loss (client/README.md); a model whose attention is not native is refused.
 
     Raises:
         OptionError, NoDaemonError, StartError, ModelNotFoundError, ModelError, CalibrationError, ShareError: see
@@ -100,11 +103,12 @@ class FlashClient:
         tls_ca: str | os.PathLike[str] | None = None,
         tls_cert: str | os.PathLike[str] | None = None,
         tls_key: str | os.PathLike[str] | None = None,
+        kv_dtype: str = KV_PLAIN,
     ) -> None:
         fill_standard_streams()
         tls = (tls_ca, tls_cert, tls_key)
         self._options = Options(
-            address, store, dram, mode, window, str(device), dtype, transport, timeout_s, pool_bytes, *tls
+            address, store, dram, mode, window, str(device), dtype, transport, timeout_s, pool_bytes, *tls, kv_dtype
         )
         with ExitStack() as opened:
             self._open(os.fspath(model), opened)
@@ -123,7 +127,7 @@ class FlashClient:
         opened.callback(self._turns.await_exit)
         opened.callback(source.close)
         opened.callback(connection.close)  # before the source: it ends the calls that the source would wait for
-        self.loaded = load_model(connection, record, source, self._turns, window)
+        self.loaded = load_model(connection, record, source, self._turns, window, self._options.kv_dtype)
         opened.callback(self._turns.close)
         self.model: PreTrainedModel = self.loaded.model
         self.tokenizer: Any = self.loaded.tokenizer

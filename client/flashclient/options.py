@@ -14,7 +14,7 @@ from flashclient.errors import CalibrationError, OptionError
 from weightd_proto import weightd_pb2
 from weightd_proto.dram import DRAM_BYTES_MIN
 from weightd_proto.encodings import DTYPES, bundle_neurons, has_experts
-from weightd_proto.modes import EXACT, PREDICT, THRESHOLD, WINDOW_TOKENS, lossy_mode
+from weightd_proto.modes import EXACT, KV_DTYPES, KV_PLAIN, PREDICT, THRESHOLD, WINDOW_TOKENS, lossy_mode
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +43,7 @@ class Options:
     tls_ca: str | os.PathLike[str] | None = None
     tls_cert: str | os.PathLike[str] | None = None
     tls_key: str | os.PathLike[str] | None = None
+    kv_dtype: str = KV_PLAIN
 
     def __post_init__(self) -> None:
         """Raises OptionError for a value that is not allowed."""
@@ -60,6 +61,7 @@ class Options:
             parse_address(self.address, self.tls)
         _one_of("mode", self.mode, MODES)
         _one_of("transport", self.transport, TRANSPORTS)
+        _one_of("kv_dtype", self.kv_dtype, KV_DTYPES)
         _one_of("device", str(self.device), ("cpu",))
         if self.window is not None and (
             isinstance(self.window, bool)

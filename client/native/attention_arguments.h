@@ -104,10 +104,25 @@ inline size_t stride_of(const Rows& rows, size_t dimension) {
     return static_cast<size_t>(rows.stride(dimension));
 }
 
+inline AttentionRows strided(const Rows& rows, const char* name) {
+    require(rows.shape(3) <= 1 || rows.stride(3) == 1, "the elements of a row must be contiguous");
+    const size_t bytes = rows.itemsize();
+    return {aligned(rows, name).data(), stride_of(rows, 0) * bytes, stride_of(rows, 1) * bytes,
+            stride_of(rows, 2) * bytes};
+}
+
 inline AttentionRows rows_of(const Rows& rows, Dtype dtype, const char* name) {
     require(is_of(rows.dtype(), dtype), std::string(name) + " is not of the kernel's dtype");
-    require(rows.shape(3) <= 1 || rows.stride(3) == 1, "the elements of a row must be contiguous");
-    return {aligned(rows, name).data(), stride_of(rows, 0), stride_of(rows, 1), stride_of(rows, 2)};
+    return strided(rows, name);
+}
+
+// Keys and values in Attention::BLOCKS are arrays of bytes.
+inline bool in_blocks(const nanobind::dlpack::dtype& dtype) { return dtype == nanobind::dtype<uint8_t>(); }
+
+inline AttentionRows block_rows_of(const Rows& rows, size_t elements, const char* name) {
+    require(in_blocks(rows.dtype()) && rows.shape(3) == Attention::block_row_bytes(elements),
+            "keys and values in blocks must both be uint8, with rows of whole blocks");
+    return strided(rows, name);
 }
 
 inline AttentionMask mask_of(const std::optional<Rows>& mask, bool causal, const AttentionShape& shape) {

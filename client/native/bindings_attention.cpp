@@ -30,8 +30,10 @@ using flashclient::AttentionMask;
 using flashclient::AttentionProjection;
 using flashclient::AttentionRows;
 using flashclient::AttentionShape;
+using flashclient::block_rows_of;
 using flashclient::Dtype;
 using flashclient::heads_of;
+using flashclient::in_blocks;
 using flashclient::is_of;
 using flashclient::LentNorm;
 using flashclient::LentProjection;
@@ -143,20 +145,24 @@ void bind_attention_inputs(nb::module_& module) {
 
 void attend(const Attention& attention, const Rows& query, const Rows& key, const Rows& value,
             const std::optional<Rows>& mask, bool causal, float scale, const AttendedRows& out) {
-    const AttentionShape shape{query.shape(0), query.shape(1), key.shape(1),   query.shape(2),
-                               key.shape(2),   key.shape(3),   value.shape(3), scale};
+    const Dtype dtype = attention.dtype();
+    const bool blocks = in_blocks(key.dtype());
+    const AttentionShape shape{query.shape(0), query.shape(1), key.shape(1), query.shape(2), key.shape(2),
+                               query.shape(3), out.shape(3),   scale,        blocks};
     require(shape.key_heads > 0 && shape.heads % shape.key_heads == 0, "heads must be a multiple of key heads");
-    require(query.shape(3) == key.shape(3), "query and key must have the same elements");
+    require(blocks || (key.shape(3) == shape.key_elements && value.shape(3) == shape.value_elements),
+            "query and key must have the same elements, and so must value and out");
     require(key.shape(0) == shape.sequences && value.shape(0) == shape.sequences && value.shape(1) == shape.key_heads &&
                 value.shape(2) == shape.keys,
             "query, key and value must have the same sequences, key and value the same heads and rows");
-    require(aligned(out, "out").shape(0) == shape.sequences && out.shape(1) == shape.tokens &&
-                out.shape(2) == shape.heads && out.shape(3) == shape.value_elements,
-            "out must be [sequences, tokens, heads, elements of a value]");
-    require(is_of(out.dtype(), attention.dtype()), "out is not of the kernel's dtype");
-    const AttentionRows queries = rows_of(query, attention.dtype(), "query");
-    const AttentionRows keys = rows_of(key, attention.dtype(), "key");
-    const AttentionRows values = rows_of(value, attention.dtype(), "value");
+    require(
+        aligned(out, "out").shape(0) == shape.sequences && out.shape(1) == shape.tokens && out.shape(2) == shape.heads,
+        "out must be [sequences, tokens, heads, elements of a value]");
+    require(is_of(out.dtype(), dtype), "out is not of the kernel's dtype");
+    const AttentionRows queries = rows_of(query, dtype, "query");
+    const AttentionRows keys = blocks ? block_rows_of(key, shape.key_elements, "key") : rows_of(key, dtype, "key");
+    const AttentionRows values =
+        blocks ? block_rows_of(value, shape.value_elements, "value") : rows_of(value, dtype, "value");
     const AttentionMask masked = mask_of(mask, causal, shape);
     const nb::gil_scoped_release released;
     attention.attend(shape, queries, keys, values, masked, out.data());
@@ -172,7 +178,8 @@ void bind_kernel(nb::module_& module) {
              "query [sequences, heads, tokens, elements]; key, value [sequences, key heads, keys, elements], with "
              "any strides between rows. mask [sequences, heads, tokens, keys], 1 where it is the same for all: "
              "bool (False: masked) or float32 (added; -inf: masked). causal, without a mask: token t attends to the "
-             "keys up to t. out [sequences, tokens, heads, elements of a value].")
+             "keys up to t. out [sequences, tokens, heads, elements of a value]. key and value may be uint8: rows in "
+             "blocks of Q8_0, with zeros up to a whole block.")
         .def_prop_ro("instruction_set", &Attention::instruction_set);
 }
 

@@ -21,6 +21,7 @@
 #include "ffn/ffn.h"
 #include "ffn/ffn_sum.h"
 #include "kernel_arguments.h"
+#include "kernels/attention.h"
 #include "kernels/linear.h"
 #include "kernels/predictor.h"
 #include "kernels/readable_memory.h"
@@ -36,6 +37,7 @@ using flashclient::Activation;
 using flashclient::aligned;
 using flashclient::AnyWeight;
 using flashclient::Array;
+using flashclient::Attention;
 using flashclient::bias_of;
 using flashclient::Dtype;
 using flashclient::EncodedMatrix;
@@ -217,6 +219,16 @@ void decode_rows(const Encoding& encoding, const Array<const uint8_t, 2>& rows, 
     const nb::gil_scoped_release released;
     for (size_t i = 0; i < rows.shape(0); i++) {
         kernels.upcast(rows.data() + i * rows.shape(1), values, out.data() + i * values);
+    }
+}
+
+void encode_rows(const Array<const float, 2>& values, const Array<uint8_t, 2>& out) {
+    const size_t row_bytes = Attention::block_row_bytes(values.shape(1));
+    require(aligned(values, "values").shape(0) == out.shape(0) && out.shape(1) == row_bytes,
+            "out must have a row of whole blocks for each of values");
+    const nb::gil_scoped_release released;
+    for (size_t i = 0; i < values.shape(0); i++) {
+        flashclient::encode_q8_0(values.data() + i * values.shape(1), values.shape(1), out.data() + i * row_bytes);
     }
 }
 
@@ -432,6 +444,9 @@ void bind_memory(nb::module_& module) {
     module.def("decode_rows", &decode_rows, "encoding"_a, "rows"_a.noconvert(), "out"_a.noconvert(),
                "instruction_set"_a = nb::none(),
                "out [rows, values] = the values in fp32 of rows [rows, bytes] in blocks (formats/block_formats.h).");
+    module.def("encode_rows", &encode_rows, "values"_a.noconvert(), "out"_a.noconvert(),
+               "out [rows, bytes] = values [rows, elements] as keys and values in blocks: Q8_0, with zeros up to a "
+               "whole block (kernels/attention.h).");
 }
 
 }  // namespace

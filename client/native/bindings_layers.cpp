@@ -34,6 +34,7 @@ using flashclient::AttentionShape;
 using flashclient::Dtype;
 using flashclient::HeadRows;
 using flashclient::heads_of;
+using flashclient::in_blocks;
 using flashclient::is_of;
 using flashclient::KeyValueRoom;
 using flashclient::LayerFfn;
@@ -93,12 +94,15 @@ void make_block(LentBlock* self, const LentProjection* query, const LentProjecti
 HeadRows room_of(const AttendedRows& room, Dtype dtype, const AttentionBlock& block, size_t sequences, size_t begin,
                  size_t tokens) {
     const size_t elements = block.attention.elements;
-    require(is_of(aligned(room, "a room").dtype(), dtype) && room.shape(0) == sequences &&
+    const bool blocks = in_blocks(room.dtype());
+    const size_t row = blocks ? Attention::block_row_bytes(elements) : elements;
+    require((blocks || is_of(aligned(room, "a room").dtype(), dtype)) && room.shape(0) == sequences &&
                 room.shape(1) * elements == block.attention.key.weight.rows && room.shape(2) >= begin &&
-                room.shape(2) - begin >= tokens && room.shape(3) == elements,
-            "rooms must be [sequences, key heads, tokens and more, elements] of the kernel's dtype");
+                room.shape(2) - begin >= tokens && room.shape(3) == row,
+            "rooms must be [sequences, key heads, tokens and more, elements] of the kernel's dtype, or of uint8 with "
+            "rows in blocks");
     HeadRows rows = heads_of(room);
-    rows.data = static_cast<char*>(rows.data) + begin * elements * flashclient::bytes_of(dtype);
+    rows.data = static_cast<char*>(rows.data) + begin * row * room.itemsize();
     return rows;
 }
 
@@ -120,7 +124,8 @@ BlockCall checked_call(const AttentionBlocks& blocks, const LentBlock& lent, con
     const AttentionBlock block = lent.checked(dtype, x.shape(2));
     const size_t tokens = held + x.shape(1);
     const KeyValueRoom room{room_of(keys, dtype, block, x.shape(0), begin, tokens),
-                            room_of(values, dtype, block, x.shape(0), begin, tokens), held};
+                            room_of(values, dtype, block, x.shape(0), begin, tokens), held, in_blocks(keys.dtype())};
+    require(in_blocks(values.dtype()) == room.in_blocks, "keys and values must both be in blocks, or neither");
     const AttentionShape shape{x.shape(0),    block.attention.query.weight.rows / lent.elements,
                                keys.shape(1), x.shape(1),
                                tokens,        lent.elements,
@@ -245,7 +250,7 @@ void bind_layers(nb::module_& module) {
             "mask"_a.noconvert().none(), "causal"_a, "sum"_a.noconvert(), "ffn_input"_a.noconvert(),
             "sum = x [sequences, tokens, hidden] + attention; ffn_input: its norm. keys, values [sequences, key heads, "
             "capacity, elements]: at `begin` `held` tokens, and room behind them for these. mask, causal: as for "
-            "Attention.attend(), over all keys. ffn_input may be float32.")
+            "Attention.attend(), over all keys. ffn_input may be float32. Rooms of uint8 hold rows in blocks.")
         .def("finish", &finish_block, "y"_a.noconvert(), "norm"_a.none(), "sum"_a.noconvert(), "out"_a.noconvert(),
              "out = sum + y [rows, hidden] float32, rounded and normed.");
     nb::class_<LayerCalls>(module, "LayerCalls", "Decoder layers that are one call.")

@@ -23,6 +23,7 @@ from weightd.store.store import Store
 
 FIRST_TOKENS = 50  # in which the window fills (section 4 of the paper)
 SWEEP_POOL_BYTES = 16 << 20  # the look-ahead of a client that streams every layer, twice: it gets half of the pool
+SHARES = {"half": 1 / 2, "quarter": 1 / 4}
 LAYER_POOL_SHARE = 0.25  # of a layer: its predicted neurons, twice and a little more
 
 
@@ -31,15 +32,15 @@ class RowPlan:
     """One row: the techniques that it uses.
 
     Attributes:
-        memory: "half" of the model, or the least memory for streaming ("sweep") or for one layer's predicted neurons at
-            a time ("layer").
+        memory: "half" or a "quarter" of the model (Work.whole_bytes), or the least memory for streaming ("sweep") or
+            for one layer's predicted neurons at a time ("layer").
         resident: whether the weights outside the FFNs stay in memory; otherwise they are read again for each token.
         dense: every neuron is read for each token, so a few tokens are measured.
         bundled: whether a neuron is read with one request; otherwise with one for each part of its bundle.
     """
 
     name: str
-    memory: Literal["half", "sweep", "layer"] = "half"
+    memory: Literal["half", "quarter", "sweep", "layer"] = "half"
     resident: bool = True
     dense: bool = False
     bundled: bool = True
@@ -62,7 +63,11 @@ ROWS = (
 
 @dataclass(frozen=True)
 class Work:
-    """The work of every row: a prompt of random ids, then forced random ids."""
+    """The work of every row: a prompt of random ids, then forced random ids.
+
+    Attributes:
+        whole_bytes: of the model that memory is a share of, if not of this store's.
+    """
 
     checkpoint: Path
     store: Path
@@ -71,6 +76,7 @@ class Work:
     new_tokens: int
     dense_tokens: int
     seed: int
+    whole_bytes: int | None = field(default=None, kw_only=True)
 
     @property
     def model_bytes(self) -> int:
@@ -79,12 +85,14 @@ class Work:
         return sum(one.bundles_file_bytes + one.resident_file_bytes for one in (record, *record.tables))
 
     def dram_bytes(self, memory: str) -> int:
-        """Half of the model, or the minimum for a small model, which half is not enough to serve."""
+        """A share of the model, or the minimum for a small model, which the share is not enough to serve."""
         record = Store.open(self.store, readonly=True).model(self.model)
         layer_bytes = record.bundles_file_bytes // len(record.layers)
         layer_pool_bytes = 0 if memory == "sweep" else int(layer_bytes * LAYER_POOL_SHARE)
         least_bytes = demand_of(record).minimum_bytes + SWEEP_POOL_BYTES + layer_pool_bytes
-        return max(self.model_bytes // 2, least_bytes) if memory == "half" else least_bytes
+        share = SHARES.get(memory)
+        whole_bytes = self.model_bytes if self.whole_bytes is None else self.whole_bytes
+        return least_bytes if share is None else max(int(whole_bytes * share), least_bytes)
 
 
 def unbundled_weightd(work: Work) -> list[str]:

@@ -44,12 +44,15 @@ class PlantedStore:
         return demand_of(self.record).minimum_bytes + POOL_BYTES
 
 
-def planted_store(shape: str, folder: Path, layers: int | None = None, dtype: str = "bf16") -> PlantedStore:
+def planted_store(
+    shape: str, folder: Path, layers: int | None = None, dtype: str = "bf16", encoding: str | None = None
+) -> PlantedStore:
     """The checkpoint, store and calibration of a planted model in `folder`. Makes those that are missing.
 
     Args:
         layers: of the model, if not those of the shape.
         dtype: bf16 or fp16.
+        encoding: int8 or int4, of the store's FFNs and resident matrices; None: as the checkpoint's.
 
     Raises:
         BenchError: the import or weightd failed; gives the error.
@@ -60,11 +63,12 @@ def planted_store(shape: str, folder: Path, layers: int | None = None, dtype: st
     if dtype != "bf16":
         shape = f"{shape}-{dtype}"
     name = f"planted-{shape}"
-    planted = PlantedStore(folder / name, folder / f"store-{shape}", name)
+    store = folder / f"store-{shape}{'' if encoding is None else f'-{encoding}'}"
+    planted = PlantedStore(folder / name, store, name)
     if not planted.checkpoint.exists():
         make_planted_model(made, planted.checkpoint, dtype)
     read_plan(planted.checkpoint)
-    import_once(planted)
+    import_once(planted, *(() if encoding is None else ("--dtype", encoding, "--resident-dtype", encoding)))
     if not planted.record.HasField("calibration"):
         with serving(planted.store, max(planted.model_bytes // 2, planted.least_bytes)) as daemon:  # predictors, too
             publish_planted(planted.checkpoint, name, daemon.address)

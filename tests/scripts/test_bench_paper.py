@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,23 @@ def test_rows_without_bundling_need_parts_of_whole_blocks(tmp_path: Path) -> Non
     write_model(tmp_path / "store")
     with pytest.raises(BenchError, match=r"'tiny' has 32 bytes, a block 4096"):
         unbundled_weightd(work_of(tmp_path / "store"))
+
+
+def test_memory_is_a_share_of_the_model_of_16_bit(tmp_path: Path) -> None:
+    write_model(tmp_path / "store")
+    work = replace(work_of(tmp_path / "store"), whole_bytes=4 << 30)
+    assert (work.dram_bytes("half"), work.dram_bytes("quarter")) == (2 << 30, 1 << 30)
+
+
+def test_quantised_rows_are_compared_with_those_of_16_bit() -> None:
+    times = {"all": 100.0, "all, int8": 50.0, "all, int8, a quarter": 80.0, "all, int4": 25.0}
+    rows: list[Any] = [{"row": name, "total_ms": one, "overhead_share": 0.01} for name, one in times.items()]
+    facts: list[Any] = [{"fio_sequential_gb_per_s": 1.0}, {"over_memory_ratio": 0.9}]
+    targets = {one.name: (one.value, one.target) for one in bench_paper.targets_of(rows, facts)}
+    assert targets["int8_over_16_bit_ratio"] == (2.0, 1.8)
+    assert targets["int4_over_16_bit_ratio"] == (4.0, 2.5)
+    assert targets["int8_with_a_quarter_over_16_bit_with_half_ratio"] == (1.25, 1.0)
+    assert "int4_with_a_quarter_over_16_bit_with_half_ratio" not in targets
 
 
 @pytest.fixture(scope="module")

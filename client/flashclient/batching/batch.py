@@ -27,6 +27,7 @@ class Batch:
 
     def __init__(self, loaded: LoadedModel) -> None:
         self._model: Any = loaded.model
+        self._new_cache = loaded.new_cache
         self._cache: GrowingCache | None = None
         self._lengths: list[int] = []  # tokens in the cache, by row
 
@@ -60,7 +61,7 @@ class Batch:
             self._cache, self._lengths = cache, list(lengths)
             return
         columns = max(self._columns, cache.get_seq_length())
-        self._cache = _joined(self._model.config, self._cache, cache, columns)
+        self._cache = _joined(self._new_cache(), self._cache, cache, columns)
         self._lengths += lengths
 
     def leave(self, rows: Collection[int]) -> None:
@@ -71,7 +72,7 @@ class Batch:
         elif len(kept) < self.rows:
             assert self._cache is not None
             self._lengths = [self._lengths[row] for row in kept]
-            self._cache = _selected(self._model.config, self._cache, kept, self._columns)
+            self._cache = _selected(self._new_cache(), self._cache, kept, self._columns)
 
     def clear(self) -> None:
         """Removes all rows."""
@@ -117,8 +118,8 @@ def _takes_positions(kind: Any) -> bool:
     return "position_ids" in inspect.signature(kind.forward).parameters
 
 
-def _joined(config: Any, first: GrowingCache, second: GrowingCache, columns: int) -> GrowingCache:
-    joined = GrowingCache(config)
+def _joined(joined: GrowingCache, first: GrowingCache, second: GrowingCache, columns: int) -> GrowingCache:
+    """Fills an empty cache with the rows of two."""
     layers: Any = zip(joined.layers, first.layers, second.layers, strict=True)
     for layer, one, other in layers:
         held = max(one.keys.shape[-2], other.keys.shape[-2])
@@ -133,9 +134,8 @@ def _joined(config: Any, first: GrowingCache, second: GrowingCache, columns: int
     return joined
 
 
-def _selected(config: Any, cache: GrowingCache, rows: list[int], columns: int) -> GrowingCache:
-    """Some rows, without columns at the beginning that are padding in all of them."""
-    selected = GrowingCache(config)
+def _selected(selected: GrowingCache, cache: GrowingCache, rows: list[int], columns: int) -> GrowingCache:
+    """Fills an empty cache with some rows, without columns at the beginning that are padding in all of them."""
     layers: Any = zip(selected.layers, cache.layers, strict=True)
     for layer, one in layers:
         held = min(columns, one.keys.shape[-2])

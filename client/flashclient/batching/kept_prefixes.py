@@ -20,6 +20,7 @@ from torch import Tensor
 
 from flashclient.batching.kept_file import KeptFile, Pages, States
 from flashclient.kernels.growing_cache import GrowingCache, GrowingWindowLayer
+from weightd_proto.modes import KV_PLAIN
 
 
 @dataclass(eq=False)
@@ -50,10 +51,12 @@ class KeptPrefixes:
         config: of the model.
         tokens_max: that are kept in memory. Nothing is kept if the model's cache holds states of another kind.
         file: for those that go.
+        kv_dtype: of keys and values, one of KV_DTYPES.
     """
 
-    def __init__(self, config: Any, tokens_max: int, file: KeptFile | None = None) -> None:
+    def __init__(self, config: Any, tokens_max: int, file: KeptFile | None = None, kv_dtype: str = KV_PLAIN) -> None:
         self._config = config
+        self._kv_dtype = kv_dtype
         self._file = file
         layers: list[Any] = GrowingCache(config).layers
         self._holds_tokens = GrowingCache(config).holds_tokens
@@ -117,7 +120,7 @@ class KeptPrefixes:
         Args:
             owners: of the prompts; else all have owner 0.
         """
-        cache = GrowingCache(self._config)
+        cache = GrowingCache(self._config, self._kv_dtype)
         columns = max(lengths)
         if columns == 0:
             return cache

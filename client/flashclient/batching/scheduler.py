@@ -117,7 +117,8 @@ class Scheduler:
         self._sequences_max = sequences_max if GrowingCache(loaded.model.config).holds_tokens else 1
         self._waiting_max = waiting_max
         self._cache_tokens_max = cache_tokens_max
-        self._kept = KeptPrefixes(loaded.model.config, min(kept_tokens_max, cache_tokens_max), kept_file)
+        kept_max = min(kept_tokens_max, cache_tokens_max)
+        self._kept = KeptPrefixes(loaded.model.config, kept_max, kept_file, loaded.kv_dtype)
         self.kept_file = kept_file
         self._order = StepOrder() if order is None else order
         self._changed = threading.Condition()

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from flashclient.errors import OptionError
+from weightd_proto.modes import KV_DTYPES, KV_PLAIN
 
 
 def positive(text: str) -> int:
@@ -93,6 +94,17 @@ def add_mode_flag(command: Any) -> None:
     """--mode."""
     command.add_argument(
         "--mode", default="auto", help="auto (default: as calibration decided), exact, predict or threshold"
+    )
+
+
+def add_kv_dtype_flag(command: Any) -> None:
+    """--kv-dtype."""
+    command.add_argument(
+        "--kv-dtype",
+        choices=KV_DTYPES,
+        default=KV_PLAIN,
+        help="of keys and values: plain (default: the model's dtype), or int8, which halves their memory at a small "
+        "loss (client/README.md)",
     )
 
 

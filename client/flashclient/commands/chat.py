@@ -48,7 +48,7 @@ def add_chat_flags(command: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """The command, also after `flashclient run` has prepared the model."""
     arguments = sampling_arguments(options)
-    with open_client(options, mode=options.mode, window=options.window) as client:
+    with open_client(options, mode=options.mode, window=options.window, kv_dtype=options.kv_dtype) as client:
         _check_template(client)
         seed_sampling(options)
         return _Chat(client, arguments, options).run()

@@ -7,7 +7,7 @@ import json
 import sys
 from typing import Any
 
-from flashclient.commands.arguments import add_command, add_mode_flag, decoding, not_negative, utf8
+from flashclient.commands.arguments import add_command, add_kv_dtype_flag, add_mode_flag, decoding, not_negative, utf8
 from flashclient.commands.opening import open_client
 from flashclient.commands.sampling import add_sampling_flags, sampling_arguments, seed_sampling
 from flashclient.errors import OptionError
@@ -24,17 +24,18 @@ def add(commands: Any) -> None:
 
 
 def add_mode_flags(command: Any) -> None:
-    """--mode, --window and --stats."""
+    """--mode, --window, --kv-dtype and --stats."""
     add_mode_flag(command)
     window = "number of last tokens whose neurons stay leased (default: 4 in mode predict, 0 in mode threshold)"
     command.add_argument("--window", type=not_negative, metavar="K", help=window)
+    add_kv_dtype_flag(command)
     command.add_argument("--stats", action="store_true", help="print statistics on standard error")
 
 
 def _run(options: argparse.Namespace) -> int:
     prompt = _standard_input() if options.prompt in (None, "-") else options.prompt
     arguments = sampling_arguments(options)
-    with open_client(options, mode=options.mode, window=options.window) as client:
+    with open_client(options, mode=options.mode, window=options.window, kv_dtype=options.kv_dtype) as client:
         seed_sampling(options)
         pieces = until_stop(client.stream(prompt, **arguments), options.stop)
         if options.json:

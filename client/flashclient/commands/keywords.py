@@ -6,7 +6,7 @@ import re
 
 _KEYWORDS = (
     *("address", "store", "dram", "mode", "window", "transport", "timeout_s", "tls_ca", "tls_cert", "tls_key"),
-    *("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
+    *("kv_dtype", "max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
 )
 _KEYWORD = re.compile(rf"\b({'|'.join(_KEYWORDS)})=(?=(\S?))")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from flashclient.batching.bounds import CACHE_TOKENS_MAX, KEPT_TOKENS_MAX, SEQUENCES_MAX, WAITING_MAX
-from flashclient.commands.arguments import add_command, add_mode_flag, not_negative, positive, size
+from flashclient.commands.arguments import add_command, add_kv_dtype_flag, add_mode_flag, not_negative, positive, size
 from flashclient.commands.opening import open_client
 from flashclient.errors import FlashClientError, OptionError
 from flashclient.standard_streams import say
@@ -34,6 +34,7 @@ def add(commands: Any) -> None:
     """Adds the command."""
     command = add_command(commands, "serve", _run, "serve the OpenAI interface over HTTP", several=True)
     add_mode_flag(command)
+    add_kv_dtype_flag(command)
     command.add_argument("--host", default=LOOPBACK[0], help="address to listen at (default: this machine only)")
     command.add_argument("--port", type=_port, default=PORT_DEFAULT, help=f"default: {PORT_DEFAULT}")
     command.add_argument(
@@ -140,7 +141,7 @@ def _hosted(options: argparse.Namespace, opened: ExitStack) -> dict[str, Any]:
     bounds = (options.sequences, options.waiting, options.cache_tokens, options.kept_tokens)
     for asked in options.models:
         more = {"dram": None} if models else {}  # the first has started the weightd
-        client = opened.enter_context(open_client(options, asked, mode=options.mode, **more))
+        client = opened.enter_context(open_client(options, asked, mode=options.mode, kv_dtype=options.kv_dtype, **more))
         name = client.record.name
         if name in models:
             raise OptionError(f"model '{name}' is given twice: give each once")

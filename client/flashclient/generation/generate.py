@@ -30,7 +30,7 @@ from flashclient.generation.stats import Meter, Stats
 from flashclient.kernels.growing_cache import GrowingCache
 from flashclient.model.loaded import LoadedModel
 from flashclient.torch_state import on_cpu
-from weightd_proto.modes import EXACT
+from weightd_proto.modes import EXACT, KV_PLAIN
 
 NEW_TOKENS_DEFAULT = 256  # if neither the caller nor the model's generation_config sets a length
 
@@ -92,6 +92,7 @@ class Generator:
         self._steps = loaded.built.steps
         self._native_layers_share = loaded.built.native_layers_share
         self._source = loaded.source
+        self._new_cache = loaded.new_cache
         self._mode, self._perplexity_loss = loaded.mode, loaded.perplexity_loss
         self._drafts = Drafts(loaded.model, loaded.tokenizer)
         self._tokenizer = loaded.tokenizer
@@ -185,10 +186,13 @@ class Generator:
     def _measured(self, meter: Meter, call: _Call, output: Any) -> Stats:
         sequences = output if isinstance(output, Tensor) else getattr(output, "sequences", None)
         made = torch.empty(0, 0) if sequences is None else sequences[:, call.ids_tokens :]
+        cache = call.arguments.get("past_key_values")
         return meter.finish(
             mode=self._mode,
             perplexity_loss=self._perplexity_loss,
             native_layers_share=self._native_layers_share,
+            kv_bytes=cache.held_bytes if isinstance(cache, GrowingCache) else 0,
+            kv_dtype=cache.kv_dtype if isinstance(cache, GrowingCache) else KV_PLAIN,
             rows=len(made),
             prompt_tokens=call.prompt_tokens,
             kept_tokens=call.past_tokens if call.continues else 0,
@@ -226,7 +230,7 @@ class Generator:
         self._prepare_length(call)
         self._prepare_tokenizer(call)
         if self._uses_default_cache(call):
-            arguments["past_key_values"] = GrowingCache(self._model.config)
+            arguments["past_key_values"] = self._new_cache()
         return call
 
     def _prepare_conversation(self, call: _Call, kept: KeptCache) -> None:
@@ -236,7 +240,7 @@ class Generator:
         plain = one and (config.guidance_scale or 1) == 1 and len(arguments["input_ids"]) == 1
         if plain and self._uses_default_cache(call):
             cache = kept.take(arguments["input_ids"][0].tolist())
-            arguments["past_key_values"] = GrowingCache(self._model.config) if cache is None else cache
+            arguments["past_key_values"] = self._new_cache() if cache is None else cache
             call.continues = True
 
     def _prepare_prompt(self, call: _Call) -> None:

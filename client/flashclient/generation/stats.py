@@ -12,6 +12,7 @@ import torch
 
 from flashclient.model.ffn import Clock
 from flashclient.source.bundle_source import BundleSource, Counters
+from weightd_proto.modes import KV_PLAIN
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class Stats:
     prefetched: int = 0  # cells read before a router had picked them, by look-ahead
     prefetched_used: int = 0  # those that were picked: hits
     native_layers_share: float = 0.0  # of the decoder layers: attention, norms and sums are one native call
+    kv_dtype: str = KV_PLAIN  # of keys and values
+    kv_bytes: int = 0  # of all of them at the end, without spare room; 0 where the cache was the caller's own kind
 
     @property
     def overhead_s(self) -> float:
@@ -95,6 +98,10 @@ class Stats:
             ("read", f"{self.read_bytes_per_token / 1e6:.2f} MB/token, {self.read_gb_per_s:.2f} GB/s"),
             ("hit rate", f"{100 * self.hit_rate:.1f} %"),
             ("layers", f"{100 * self.native_layers_share:.0f} % native"),
+            (
+                "cache",
+                f"{self.kv_bytes / 1e6:.2f} MB of keys and values" + f", {self.kv_dtype}" * (self.kv_dtype != KV_PLAIN),
+            ),
             ("time", ", ".join(f"{seconds:.2f} s {name}" for name, seconds in self._times())),
         ]
         return "\n".join(f"{name:<10}{value}" for name, value in rows)
@@ -174,6 +181,8 @@ class Meter:
         new_tokens: int,
         drafted: bool,
         native_layers_share: float,
+        kv_dtype: str,
+        kv_bytes: int,
     ) -> Stats:
         """
         Args:
@@ -209,4 +218,6 @@ class Meter:
             prefetched=counted.prefetched,
             prefetched_used=counted.prefetched_used,
             native_layers_share=native_layers_share,
+            kv_dtype=kv_dtype,
+            kv_bytes=kv_bytes,
         )

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, StoppingCriteria
 
 from flashclient._native import Workers
 from flashclient.kernels.dtypes import DTYPES
+from flashclient.kernels.growing_cache import GrowingCache, row_bytes
 from flashclient.model.build import BuiltModel, build_model
 from flashclient.model.ffn import Clock
 from flashclient.recipes.ffns.tiny import PICKS
@@ -55,7 +56,14 @@ def token_cost(record: Model, folder: Path) -> ImportResponse:
     source: Any = RepeatedSource(record, memory, bundles)
     built = build_model(record, folder, source, source.placement, Workers(torch.get_num_threads()))
     token_s, ffn_s = _seconds(built)
-    return ImportResponse(ffn_s=ffn_s, besides_s=max(0.0, token_s - ffn_s), picks=_picks(built.model))
+    plain_bytes, int8_bytes = _kv_bytes(built)
+    return ImportResponse(
+        ffn_s=ffn_s,
+        besides_s=max(0.0, token_s - ffn_s),
+        picks=_picks(built.model),
+        kv_bytes=plain_bytes,
+        kv_int8_bytes=int8_bytes,
+    )
 
 
 def _overlapping(record: Model) -> tuple[Model, int]:
@@ -114,6 +122,20 @@ def _seconds(built: BuiltModel) -> tuple[float, float]:
             stopping_criteria=[marks],
         )
     return _typical(marks.tokens_s), _typical(marks.ffns_s)
+
+
+def _kv_bytes(built: BuiltModel) -> tuple[int, int]:
+    """Of the keys and values of a token, plain and in int8; 0 where there are none of the kind."""
+    model: Any = built.model
+    cache = GrowingCache(model.config)
+    if not cache.holds_tokens:
+        return 0, 0
+    with torch.no_grad():
+        model(torch.full((1, 1), 5, dtype=torch.int64), past_key_values=cache, use_cache=True)
+    layers: list[Any] = cache.layers
+    held = [one for layer in layers if layer.is_initialized for one in (layer.keys, layer.values)]
+    rows = [one.shape[1] * row_bytes(one.shape[3]) for one in held]
+    return cache.held_bytes, sum(rows) if built.native_attention else 0
 
 
 def _typical(marks: Iterable[float]) -> float:

@@ -17,6 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from flashclient._native import Attention, Workers
 from flashclient.kernels.arrays import KernelOf, array_of
 from flashclient.kernels.dtypes import KERNEL_DTYPES
+from flashclient.kernels.growing_cache import decoded, row_bytes
 
 IMPLEMENTATION = "native_decode"  # in transformers' registries, which take a name with "flash" in it for FlashAttention
 # Arguments that sdpa takes and the kernel does not.
@@ -67,7 +68,8 @@ def attend(
     tokens or the padding. It is summed in fp32 and rounded once.
 
     Args:
-        query: [sequences, heads, tokens, elements]; key, value: [sequences, key heads, keys, elements].
+        query: [sequences, heads, tokens, elements]; key, value: [sequences, key heads, keys, elements], or both in int8
+            (growing_cache.py), with as many elements as queries.
         attention_mask: None, or boolean or additive [sequences or 1, heads or 1, tokens, keys].
 
     Returns:
@@ -80,6 +82,8 @@ def attend(
     plain = not dropout and all(kwargs.get(name) is None or kwargs[name] is False for name in UNSUPPORTED)
     if kernels is not None and plain and _fit(kernels, query, key, value, attention_mask):
         return _attend(kernels[query.dtype], query, key, value, attention_mask, causal, scaling), None
+    if key.dtype == torch.uint8:  # in int8 (growing_cache.py)
+        key, value = decoded(key, query), decoded(value, query)
     result: tuple[Tensor, None] = _transformers_attention(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
     )
@@ -90,13 +94,15 @@ def _fit(kernels: Kernels, query: Tensor, key: Tensor, value: Tensor, mask: Tens
     """Whether the kernel can compute this call."""
     if torch.compiler.is_compiling() or query.numel() == 0 or query.dtype not in kernels:
         return False
-    tensors = (query, key, value)
-    if not all(tensor.is_cpu and tensor.dtype == query.dtype and tensor.stride(-1) == 1 for tensor in tensors):
-        return False
-    if torch.is_autocast_enabled("cpu") or (torch.is_grad_enabled() and any(one.requires_grad for one in tensors)):
-        return False
     sequences, heads, tokens, elements = query.shape
-    fits = key.shape[:3] == value.shape[:3] and key.shape[0] == sequences and key.shape[3] == elements
+    int8 = key.dtype == torch.uint8
+    held, width = (torch.uint8, row_bytes(elements)) if int8 else (query.dtype, elements)
+    tensors = ((query, query.dtype), (key, held), (value, held))
+    if not all(tensor.is_cpu and tensor.dtype == dtype and tensor.stride(-1) == 1 for tensor, dtype in tensors):
+        return False
+    if torch.is_autocast_enabled("cpu") or (torch.is_grad_enabled() and any(one.requires_grad for one, _ in tensors)):
+        return False
+    fits = key.shape[:3] == value.shape[:3] and key.shape[0] == sequences and key.shape[3] == width
     return fits and heads % key.shape[1] == 0 and (mask is None or _mask_fits(mask, sequences, heads, tokens, key))
 
 
@@ -121,7 +127,8 @@ def _attend(
     scaling: float | None,
 ) -> Tensor:
     sequences, heads, tokens, elements = query.shape
-    out = torch.empty(sequences, tokens, heads, value.shape[3], dtype=query.dtype, device="cpu")
+    of_value = elements if value.dtype == torch.uint8 else value.shape[3]
+    out = torch.empty(sequences, tokens, heads, of_value, dtype=query.dtype, device="cpu")
     kernel.attend(
         array_of(query),
         array_of(key),

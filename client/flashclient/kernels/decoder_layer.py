@@ -32,7 +32,7 @@ from flashclient.kernels.decode_attention import UNSUPPORTED
 from flashclient.kernels.dtypes import KERNEL_DTYPES
 from flashclient.kernels.encoded_matrix import matrix_of
 from flashclient.kernels.fused_attention import TRIED_ARGUMENTS, TRIED_SCALES, TRIED_TOKENS, FusedAttention
-from flashclient.kernels.growing_cache import GrowingLayer, GrowingWindowLayer
+from flashclient.kernels.growing_cache import GrowingLayer, GrowingWindowLayer, Int8Layer, Int8WindowLayer
 from flashclient.kernels.layer_runs import LayerRun, open_run, use_layer_runs
 from flashclient.kernels.mixtures import Mixture, mixture_of
 from flashclient.kernels.resident_linear import BIAS_DTYPES, ResidentLinear
@@ -194,7 +194,7 @@ class NativeDecoderLayer(Native):
         tokens = x.shape[1]
         rooms = room.room_now(x.shape[0], tokens)
         if rooms is None:
-            new = x.new_empty((x.shape[0], held.key_heads, 0, held.elements))
+            new = room.none_of(x, held.key_heads, held.elements)
             rooms = room.room_for(tokens, new, new)
         keys, values = map(array_of, rooms)
         begin, before = room.held_at
@@ -304,7 +304,7 @@ class NativeDecoderLayer(Native):
         layers = getattr(cache, "layers", None)
         if not isinstance(layers, list) or index >= len(layers):
             return None
-        grows = type(layers[index]) in (GrowingLayer, GrowingWindowLayer)
+        grows = type(layers[index]) in (GrowingLayer, GrowingWindowLayer, Int8Layer, Int8WindowLayer)
         return layers[index] if grows and not getattr(layers[index], "record_past", False) else None
 
 

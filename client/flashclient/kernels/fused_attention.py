@@ -28,6 +28,7 @@ from flashclient.kernels.arrays import KernelOf, array_of
 from flashclient.kernels.decode_attention import IMPLEMENTATION, attend
 from flashclient.kernels.dtypes import KERNEL_DTYPES
 from flashclient.kernels.encoded_matrix import matrix_of
+from flashclient.kernels.growing_cache import int8_layer
 from flashclient.kernels.resident_linear import BIAS_DTYPES, ResidentLinear
 from flashclient.kernels.resident_norm import NativeNorm
 from flashclient.kernels.trials import (
@@ -186,7 +187,11 @@ class FusedAttention(Native):
         if cache is not None:
             known = {"cos": embeddings and embeddings[0], "sin": embeddings and embeddings[1]} | call
             more = ({name: known.get(name) for name in formula.cached},) if formula.cached else ()
-            key, value = cache.update(key, value, self.layer_idx, *more)
+            int8 = int8_layer(cache, self.layer_idx)
+            if int8 is None:
+                key, value = cache.update(key, value, self.layer_idx, *more)
+            else:
+                key, value = int8.append(key, value)
         mask = call.pop("attention_mask", None)
         attended, weights = attend(self, query, key, value, mask, **(call | formula.arguments))
         output = self._modules[formula.parts.output]

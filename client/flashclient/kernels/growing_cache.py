@@ -3,6 +3,10 @@
 transformers' DynamicCache copies all keys and values for every token, which for a long context costs more than
 attention itself. Here each tensor is allocated with spare room. A new token is written behind the others, and the
 tensor is copied only when the room is used up, once in many tokens.
+
+With kv_dtype "int8" the tensors hold bytes: a row is the blocks of Q8_0 of a token's keys or values in a head, so each
+32 values have a scale. Native attention computes on them as they lie. What takes, moves or drops whole rows needs not
+know that. Others get the values of update(), decoded.
 """
 
 from __future__ import annotations
@@ -14,8 +18,14 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from flashclient._native import decode_rows, encode_rows
+from flashclient.kernels.arrays import array_of
+from weightd_proto.encodings import in_blocks
+from weightd_proto.modes import KV_INT8, KV_PLAIN
+
 SPARE_TOKENS_MIN = 64
 SPARE_SHARE = 8  # spare room is an eighth of what is held
+BLOCKS = in_blocks("Q8_0")  # of int8: Attention::BLOCKS
 
 
 class _Growing(DynamicLayer):  # type: ignore[no-untyped-call]
@@ -48,6 +58,10 @@ class _Growing(DynamicLayer):  # type: ignore[no-untyped-call]
     @values.setter
     def values(self, values: Tensor | None) -> None:
         self._shown = (self._views()[0], values)
+
+    def none_of(self, x: Tensor, heads: int, elements: int) -> Tensor:
+        """Keys or values of no tokens in the form that is held, for the sequences and of the dtype of x."""
+        return x.new_empty(x.shape[0], heads, 0, elements)
 
     @property
     def held_at(self) -> tuple[int, int]:
@@ -176,12 +190,48 @@ class GrowingWindowLayer(_Growing, DynamicSlidingWindowLayer):  # type: ignore[n
             self._length -= left
 
 
-class GrowingCache(DynamicCache):
-    """DynamicCache(config=config) whose layers append in place."""
+class _Encoded(_Growing):  # type: ignore[no-untyped-call]
+    """Keys and values in int8: [sequences, heads, tokens, bytes of a row]."""
 
-    def __init__(self, config: PreTrainedConfig) -> None:
+    def append(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """update() without decoding."""
+        return super().update(encoded(key_states), encoded(value_states))
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """See _Growing. Returns copies, rounded to the dtype of the states."""
+        keys, values = self.append(key_states, value_states)
+        return decoded(keys, key_states), decoded(values, value_states)
+
+    def none_of(self, x: Tensor, heads: int, elements: int) -> Tensor:
+        """See _Growing."""
+        return x.new_empty(x.shape[0], heads, 0, row_bytes(elements), dtype=torch.uint8)
+
+
+class Int8Layer(_Encoded, GrowingLayer):  # type: ignore[no-untyped-call]
+    """GrowingLayer in int8."""
+
+
+class Int8WindowLayer(_Encoded, GrowingWindowLayer):  # type: ignore[no-untyped-call]
+    """GrowingWindowLayer in int8."""
+
+
+class GrowingCache(DynamicCache):
+    """DynamicCache(config=config) whose layers append in place.
+
+    Args:
+        kv_dtype: of the keys and values, one of KV_DTYPES.
+    """
+
+    def __init__(self, config: PreTrainedConfig, kv_dtype: str = KV_PLAIN) -> None:
         super().__init__(config=config)
-        self.layers = [_growing(layer) for layer in self.layers]
+        self.kv_dtype = kv_dtype
+        self.layers = [_growing(layer, kv_dtype == KV_INT8) for layer in self.layers]
+
+    @property
+    def held_bytes(self) -> int:
+        """Of the keys and values that are held, without the spare room."""
+        layers = [one for one in self.layers if isinstance(one, _Growing) and one.is_initialized]
+        return sum(one.keys.nbytes + one.values.nbytes for one in layers)
 
     @property
     def holds_tokens(self) -> bool:
@@ -189,12 +239,42 @@ class GrowingCache(DynamicCache):
         return all(isinstance(layer, _Growing) for layer in self.layers)
 
 
-def _growing(layer: Any) -> Any:
+def _growing(layer: Any, int8: bool) -> Any:
     if type(layer) is DynamicLayer:
-        return GrowingLayer()  # type: ignore[no-untyped-call]
+        return Int8Layer() if int8 else GrowingLayer()  # type: ignore[no-untyped-call]
     if type(layer) is DynamicSlidingWindowLayer:
-        return GrowingWindowLayer(layer.sliding_window)
+        return (Int8WindowLayer if int8 else GrowingWindowLayer)(layer.sliding_window)
     return layer
+
+
+def int8_layer(cache: Any, index: int) -> Int8Layer | Int8WindowLayer | None:
+    """A layer of a cache, if it holds keys and values in int8."""
+    layers = cache.layers if isinstance(cache, GrowingCache) and cache.kv_dtype == KV_INT8 else ()
+    layer = layers[index] if index < len(layers) else None
+    return layer if isinstance(layer, Int8Layer | Int8WindowLayer) else None
+
+
+def row_bytes(elements: int) -> int:
+    """Of the keys or values of a token in a head, in int8."""
+    return -(-elements // BLOCKS.block_values) * BLOCKS.block_bytes
+
+
+def encoded(states: Tensor) -> Tensor:
+    """Keys or values [sequences, heads, tokens, elements] in int8, [..., bytes of a row]."""
+    elements = states.shape[-1]
+    rows = states.detach().to(torch.float32).reshape(-1, elements).contiguous()
+    out = torch.empty(len(rows), row_bytes(elements), dtype=torch.uint8, device="cpu")
+    encode_rows(array_of(rows), array_of(out))
+    return out.view(*states.shape[:-1], -1)
+
+
+def decoded(rows: Tensor, like: Tensor) -> Tensor:
+    """Keys or values in int8 with the elements and the dtype of `like`."""
+    flat = rows.reshape(-1, rows.shape[-1])
+    values = rows.shape[-1] // BLOCKS.block_bytes * BLOCKS.block_values
+    out = torch.empty(len(flat), values, dtype=torch.float32, device="cpu")
+    decode_rows(BLOCKS, array_of(flat), array_of(out))
+    return out[:, : like.shape[-1]].to(like.dtype).reshape(*rows.shape[:-1], -1)
 
 
 def capacity_for(tokens: int) -> int:

@@ -87,6 +87,7 @@ class BuiltModel:
         steps: describes its forward passes; None in exact mode, which does not need it.
         record: what the weightd says of it, completed (old_records.py).
         native_layers_share: the share of its decoder layers that are native (kernels/decoder_layer.py).
+        native_attention: whether all of its attention is, so that keys and values may be in int8.
     """
 
     model: PreTrainedModel
@@ -94,6 +95,7 @@ class BuiltModel:
     steps: Steps | None
     record: weightd_pb2.Model
     native_layers_share: float
+    native_attention: bool
 
 
 @for_good()
@@ -140,15 +142,16 @@ def build_model(
     use_native_norms(model, workers)
     use_native_routers(model, workers)
     native_layers = 0
+    native_attention = False
     if not attention_chosen:
-        use_decode_attention(model, workers)
-        use_fused_attention(model, workers)
+        attentions = use_decode_attention(model, workers)
+        native_attention = 0 < attentions == use_fused_attention(model, workers)
         native_layers = use_native_layers(model, workers, StreamedFFN, StreamedExperts)
     _keep_time(model, ffn.clock)
     model.train(False)  # the modules that were added, too
     guard(model)
     layers = max(native_layers, getattr(config.get_text_config(), "num_hidden_layers", 0), 1)
-    return BuiltModel(model, ffn, steps, record, native_layers / layers)
+    return BuiltModel(model, ffn, steps, record, native_layers / layers, native_attention)
 
 
 def _class_of(record: weightd_pb2.Model) -> type[PreTrainedModel]:

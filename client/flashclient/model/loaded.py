@@ -19,12 +19,14 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from flashclient._native import Workers
 from flashclient.daemon.channel import Connection
+from flashclient.errors import OptionError
 from flashclient.garbage import garbage_kept
+from flashclient.kernels.growing_cache import GrowingCache
 from flashclient.model.build import BuiltModel, build_model
 from flashclient.source.bundle_source import BundleSource
 from flashclient.turns import Turns
 from weightd_proto import weightd_pb2
-from weightd_proto.modes import lossy_mode
+from weightd_proto.modes import KV_PLAIN, lossy_mode
 
 # Files that hold the vocabulary of one of transformers' tokenizers. Its other files are useless without one of these.
 VOCABULARY_PATTERNS = ("tokenizer.json", "*.model", "tokenizer.model.*", "vocab*", "*.tiktoken", "tekken.json")
@@ -42,6 +44,7 @@ class LoadedModel:
         source: of the FFNs' bundles.
         turns: code that runs the model takes a turn first.
         tokenizer: transformers' own; None where the model was stored without one.
+        kv_dtype: of keys and values, one of KV_DTYPES.
     """
 
     connection: Connection
@@ -50,6 +53,11 @@ class LoadedModel:
     turns: Turns
     built: BuiltModel
     tokenizer: PreTrainedTokenizerBase | None
+    kv_dtype: str = KV_PLAIN
+
+    def new_cache(self) -> GrowingCache:
+        """An empty cache of keys and values."""
+        return GrowingCache(self.model.config, self.kv_dtype)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -95,14 +103,21 @@ class LoadedModel:
 
 
 def load_model(
-    connection: Connection, record: weightd_pb2.Model, source: BundleSource, turns: Turns, window: int | None
+    connection: Connection,
+    record: weightd_pb2.Model,
+    source: BundleSource,
+    turns: Turns,
+    window: int | None,
+    kv_dtype: str = KV_PLAIN,
 ) -> LoadedModel:
     """The model of `record`.
 
     Args:
         window: None for exact mode; in predict mode the tokens whose neurons are kept.
+        kv_dtype: of keys and values, one of KV_DTYPES.
 
     Raises:
+        OptionError: the model's attention cannot compute on keys and values of this dtype.
         ModelError, CalibrationError: as build_model() does.
         CorruptionError, DaemonLostError: while its files were fetched.
     """
@@ -113,8 +128,13 @@ def load_model(
         with garbage_kept():
             tokenizer = load_tokenizer(folder)
         built = build_model(record, folder, source, placement, Workers(torch.get_num_threads()), window)
+    if kv_dtype != KV_PLAIN and not built.native_attention:
+        raise OptionError(
+            f"kv_dtype='{kv_dtype}' needs attention that is native, and that of model '{record.name}' is not "
+            f"(client/README.md, \"What is native\"): leave it out, or use '{KV_PLAIN}'"
+        )
     turns.watch_passes(built.model)
-    return LoadedModel(connection, built.record, source, turns, built, tokenizer)
+    return LoadedModel(connection, built.record, source, turns, built, tokenizer, kv_dtype)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:

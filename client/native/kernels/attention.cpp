@@ -48,6 +48,16 @@ void for_runs(size_t keys, const std::vector<RowSet>& attending, RowSet all, siz
 
 bool has(RowSet rows, size_t row) { return (rows >> row & 1) != 0; }
 
+const char* address_of(const AttentionRows& rows, size_t sequence, size_t head, size_t index) {
+    return static_cast<const char*>(rows.data) + sequence * rows.sequence_stride + head * rows.head_stride +
+           index * rows.row_stride;
+}
+
+void address_rows(const AttentionRows& of, size_t sequence, size_t head, const Run& run, const void** rows) {
+    const char* first = address_of(of, sequence, head, run.begin);
+    for (size_t k = 0; k < run.count; k++) rows[k] = first + k * of.row_stride;
+}
+
 }  // namespace
 
 struct Attention::Call {
@@ -57,6 +67,9 @@ struct Attention::Call {
     const AttentionRows& value;
     const AttentionMask& mask;
     void* out;
+    const Kernels& kernels;  // of keys and values
+    size_t key_elements;     // of a row, with the zeros that make whole blocks
+    size_t value_elements;
 
     float bias(const Item& item, size_t row, size_t index) const;
     size_t group() const { return shape.heads / shape.key_heads; }
@@ -108,8 +121,8 @@ struct Attention::Scratch {
         attending.assign(call.mask.kind == AttentionMask::Kind::none ? 0 : call.shape.keys, RowSet{0});
         if (call.mask.kind == AttentionMask::Kind::causal) add_causal_rows(call, item);
         weights.resize(std::max(weights.size(), item.count * call.shape.keys));
-        query.resize(item.count * call.shape.key_elements);
-        sums.assign(item.count * call.shape.value_elements, 0.0f);
+        query.assign(item.count * call.key_elements, 0.0f);
+        sums.assign(item.count * call.value_elements, 0.0f);
         for (size_t r = 0; r < item.count; r++) add_mask_row(call.mask, item.mask_offset(call, r), r);
     }
 
@@ -145,17 +158,18 @@ struct Attention::Scratch {
 };
 
 Attention::Attention(Workers& workers, Dtype dtype, const char* instruction_set)
-    : workers_(workers), dtype_(dtype), kernels_(kernels_for(dtype, instruction_set)) {}
-
-const char* Attention::row(const AttentionRows& rows, size_t sequence, size_t head, size_t index) const {
-    const size_t offset = sequence * rows.sequence_stride + head * rows.head_stride + index * rows.row_stride;
-    return static_cast<const char*>(rows.data) + offset * bytes_of(dtype_);
-}
+    : workers_(workers),
+      dtype_(dtype),
+      kernels_(kernels_for(dtype, instruction_set)),
+      of_blocks_(kernels_for(BLOCKS, instruction_set)) {}
 
 void Attention::attend(const AttentionShape& shape, const AttentionRows& query, const AttentionRows& key,
                        const AttentionRows& value, const AttentionMask& mask, void* out) const {
     assert(shape.key_heads > 0 && shape.heads % shape.key_heads == 0);
-    const Call call{shape, query, key, value, mask, out};
+    const auto elements = [&](size_t count) { return shape.in_blocks ? whole_blocks(count) : count; };
+    const Kernels& kernels = shape.in_blocks ? of_blocks_ : kernels_;
+    const Call call{
+        shape, query, key, value, mask, out, kernels, elements(shape.key_elements), elements(shape.value_elements)};
     const size_t items = shape.sequences * shape.key_heads * call.items_of_head();
     workers_.run(items, [&](size_t index) {
         const size_t next = index + workers_.threads();  // most likely this thread's
@@ -169,7 +183,7 @@ void Attention::attend_item(const Call& call, const Item& item, const Item& next
     weigh(call, item, scratch);
     const bool other_keys = next.key_head != item.key_head || next.sequence != item.sequence;
     if (other_keys && scratch.attending.empty()) {
-        fetch_rows(call, next, call.key, call.shape.key_elements, scratch);
+        fetch_rows(call, next, call.key, call.key_elements, scratch);
     }
     blend(call, item, scratch);
     const size_t elements = call.shape.value_elements;
@@ -177,7 +191,7 @@ void Attention::attend_item(const Call& call, const Item& item, const Item& next
         const size_t token = item.sequence * call.shape.tokens + item.token(call, r);
         const size_t offset = (token * call.shape.heads + item.head(call, r)) * elements;
         const float total = scratch.total[r] == 0.0f ? 1.0f : scratch.total[r];
-        float* sums = scratch.sums.data() + r * elements;
+        float* sums = scratch.sums.data() + r * call.value_elements;
         for (size_t j = 0; j < elements; j++) sums[j] /= total;
         kernels_.downcast(sums, elements, static_cast<char*>(call.out) + offset * bytes_of(dtype_));
     }
@@ -187,16 +201,16 @@ void Attention::attend_item(const Call& call, const Item& item, const Item& next
 void Attention::weigh(const Call& call, const Item& item, Scratch& scratch) const {
     const AttentionShape& shape = call.shape;
     for (size_t r = 0; r < item.count; r++) {
-        kernels_.upcast(row(call.query, item.sequence, item.head(call, r), item.token(call, r)), shape.key_elements,
-                        scratch.query.data() + r * shape.key_elements);
+        kernels_.upcast(address_of(call.query, item.sequence, item.head(call, r), item.token(call, r)),
+                        shape.key_elements, scratch.query.data() + r * call.key_elements);
     }
-    const PackedRows packed(workers_, kernels_, scratch.query.data(), item.count, shape.key_elements);
+    const PackedRows packed(workers_, call.kernels, scratch.query.data(), item.count, call.key_elements);
     size_t filled[ROWS_MAX] = {};
     for_runs(shape.keys, scratch.attending, item.all, RUN_DOTS / item.count, [&](const Run& run) {
         const void** keys = scratch.rows;
         float* dots = scratch.dots;
-        address_rows(call.key, item, run.begin, run.count, keys);
-        kernels_.dots(keys, run.count, packed.group(0), shape.key_elements, item.count, dots);
+        address_rows(call.key, item.sequence, item.key_head, run, keys);
+        call.kernels.dots(keys, run.count, packed.group(0), call.key_elements, item.count, dots);
         for (size_t r = 0; r < item.count; r++) {
             float* weights = scratch.weights.data() + r * shape.keys + filled[r];
             if (run.for_all && call.mask.kind != AttentionMask::Kind::additive) {
@@ -211,7 +225,7 @@ void Attention::weigh(const Call& call, const Item& item, Scratch& scratch) cons
             }
         }
     });
-    fetch_rows(call, item, call.value, shape.value_elements, scratch);
+    fetch_rows(call, item, call.value, call.value_elements, scratch);
     for (size_t r = 0; r < item.count; r++) {
         scratch.total[r] =
             filled[r] == 0 ? 0.0f : kernels_.exponentials(scratch.weights.data() + r * shape.keys, filled[r]);
@@ -221,33 +235,26 @@ void Attention::weigh(const Call& call, const Item& item, Scratch& scratch) cons
 // Fetches the first rows of a head to which some row attends.
 void Attention::fetch_rows(const Call& call, const Item& item, const AttentionRows& rows, size_t elements,
                            const Scratch& scratch) const {
-    const size_t row_bytes = elements * bytes_of(dtype_);
+    const size_t row_bytes = call.shape.in_blocks ? block_row_bytes(elements) : elements * bytes_of(dtype_);
     size_t fetched = 0;
     for (size_t i = 0; i < call.shape.keys && fetched < FETCHED_BYTES; i++) {
         if (!scratch.attending.empty() && scratch.attending[i] == 0) continue;
-        fetch_lines(row(rows, item.sequence, item.key_head, i), row_bytes);
+        fetch_lines(address_of(rows, item.sequence, item.key_head, i), row_bytes);
         fetched += row_bytes;
     }
-}
-
-void Attention::address_rows(const AttentionRows& of, const Item& item, size_t begin, size_t count,
-                             const void** rows) const {
-    const char* first = row(of, item.sequence, item.key_head, begin);
-    const size_t stride = of.row_stride * bytes_of(dtype_);
-    for (size_t k = 0; k < count; k++) rows[k] = first + k * stride;
 }
 
 // scratch.sums[r] += weight * value, in the order of the keys. Where not all rows attend, each row is summed alone,
 // because a masked value that is not finite would spoil a sum even with weight 0.
 void Attention::blend(const Call& call, const Item& item, Scratch& scratch) const {
     const AttentionShape& shape = call.shape;
-    const size_t elements = shape.value_elements;
+    const size_t elements = call.value_elements;
     const float* next[ROWS_MAX];
     for (size_t r = 0; r < item.count; r++) next[r] = scratch.weights.data() + r * shape.keys;
     for_runs(shape.keys, scratch.attending, item.all, RUN_DOTS / item.count, [&](const Run& run) {
         const void** values = scratch.rows;
         if (run.for_all) {
-            address_rows(call.value, item, run.begin, run.count, values);
+            address_rows(call.value, item.sequence, item.key_head, run, values);
             const float* weights = next[0];
             if (item.count > 1) {
                 for (size_t r = 0; r < item.count; r++) {
@@ -255,7 +262,7 @@ void Attention::blend(const Call& call, const Item& item, Scratch& scratch) cons
                 }
                 weights = scratch.dots;
             }
-            kernels_.accumulate(values, weights, run.count, item.count, elements, 0, elements, scratch.sums.data());
+            call.kernels.accumulate(values, weights, run.count, item.count, elements, 0, elements, scratch.sums.data());
             for (size_t r = 0; r < item.count; r++) next[r] += run.count;
             return;
         }
@@ -263,10 +270,11 @@ void Attention::blend(const Call& call, const Item& item, Scratch& scratch) cons
             size_t count = 0;
             for (size_t k = 0; k < run.count; k++) {
                 if (has(scratch.attending[run.begin + k], r)) {
-                    values[count++] = row(call.value, item.sequence, item.key_head, run.begin + k);
+                    values[count++] = address_of(call.value, item.sequence, item.key_head, run.begin + k);
                 }
             }
-            kernels_.accumulate(values, next[r], count, 1, elements, 0, elements, scratch.sums.data() + r * elements);
+            call.kernels.accumulate(values, next[r], count, 1, elements, 0, elements,
+                                    scratch.sums.data() + r * elements);
             next[r] += count;
         }
     });

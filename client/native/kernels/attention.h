@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <string>
 
 #include "kernels/kernels.h"
@@ -21,9 +22,10 @@ struct AttentionShape {
     size_t key_elements;
     size_t value_elements;
     float scale;
+    bool in_blocks = false;  // keys and values are rows of BLOCKS, with zeros up to a whole block
 };
 
-// [sequences, heads, tokens or keys, elements]; the elements of a row are contiguous. Strides are in elements.
+// [sequences, heads, tokens or keys, elements]; the elements of a row are contiguous. Strides are in bytes.
 struct AttentionRows {
     const void* data;
     size_t sequence_stride;
@@ -60,7 +62,16 @@ class Attention {
     Dtype dtype() const { return dtype_; }
     std::string instruction_set() const { return kernels_.instruction_set; }
 
+    // What keys and values are in if not in dtype().
+    static constexpr BlockFormat BLOCKS = BlockFormat::q8_0;
+    // The elements of rows in blocks, and their bytes.
+    static constexpr size_t whole_blocks(size_t elements) { return divide_up(elements, BLOCK_VALUES) * BLOCK_VALUES; }
+    static constexpr size_t block_row_bytes(size_t elements) { return divide_up(elements, BLOCK_VALUES) * BLOCK_BYTES; }
+
   private:
+    static constexpr size_t BLOCK_VALUES = weightd::BLOCK_FORMATS[static_cast<size_t>(BLOCKS)].values;
+    static constexpr size_t BLOCK_BYTES = weightd::BLOCK_FORMATS[static_cast<size_t>(BLOCKS)].bytes;
+
     struct Call;     // the arguments of attend()
     struct Item;     // some rows of queries over one head of keys
     struct Scratch;  // the intermediate results of an item
@@ -68,13 +79,17 @@ class Attention {
     void weigh(const Call& call, const Item& item, Scratch& scratch) const;
     void fetch_rows(const Call& call, const Item& item, const AttentionRows& rows, size_t elements,
                     const Scratch& scratch) const;
-    void address_rows(const AttentionRows& of, const Item& item, size_t begin, size_t count, const void** rows) const;
     void blend(const Call& call, const Item& item, Scratch& scratch) const;
-    const char* row(const AttentionRows& rows, size_t sequence, size_t head, size_t index) const;
-
     Workers& workers_;
     Dtype dtype_;
     const Kernels& kernels_;
+    const Kernels& of_blocks_;
 };
+
+// Rounds keys or values to Attention::BLOCKS. Writes `count` values as whole blocks, with zeros after the last one. The
+// scale of a block is the greatest size of its values / 127, rounded to half precision, so no value moves by more than
+// about half of it. A block with a NaN, an infinity or a scale that half precision does not hold has the scale NaN, so
+// that all of its values are. The bits depend on the values alone, not on the processor.
+void encode_q8_0(const float* values, size_t count, uint8_t* blocks);
 
 }  // namespace flashclient

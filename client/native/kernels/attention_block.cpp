@@ -7,13 +7,14 @@ namespace flashclient {
 namespace {
 
 constexpr size_t ADDED_TOGETHER = 32768;      // elements that one thread adds: some microseconds
+constexpr size_t ENCODED_ALONE = 8192;        // values that one thread encodes sooner than it wakes another
 constexpr size_t KEPT_MAX = size_t{1} << 24;  // bytes of an array that a thread keeps from call to call
 
 struct BlockScratch {
-    std::vector<char> normed, query, attended, output, rounded;
+    std::vector<char> normed, query, keys, values, attended, output, rounded;
 
     void shrink() {
-        for (std::vector<char>* bytes : {&normed, &query, &attended, &output, &rounded}) {
+        for (std::vector<char>* bytes : {&normed, &query, &keys, &values, &attended, &output, &rounded}) {
             if (bytes->capacity() > KEPT_MAX) *bytes = {};
         }
     }
@@ -46,20 +47,24 @@ void AttentionBlocks::compute(const AttentionBlock& block, const void* x, size_t
         norms_.apply(*block.before, x, rows, scratch.normed.data());
         input = scratch.normed.data();
     }
-    const auto behind = [&](const HeadRows& held) {
-        return HeadRows{static_cast<char*>(held.data) + room.tokens * elements * bytes, held.sequence_stride,
-                        held.head_stride};
-    };
+    const size_t key_heads = block.attention.key.weight.rows / elements;
     const HeadRows query{scratch.query.data(), heads * tokens * elements, tokens * elements};
-    inputs_.compute(block.attention, input, sequences, tokens, rotation,
-                    {query, behind(room.keys), behind(room.values)});
-    const auto all = [&](const HeadRows& held) {
-        return AttentionRows{held.data, held.sequence_stride, held.head_stride, elements};
+    const HeadRows keys = new_rows(room.keys, room, key_heads, rows, tokens, elements, scratch.keys);
+    const HeadRows values = new_rows(room.values, room, key_heads, rows, tokens, elements, scratch.values);
+    inputs_.compute(block.attention, input, sequences, tokens, rotation, {query, keys, values});
+    if (room.in_blocks) {
+        encode(keys, room.keys, room, sequences, key_heads, tokens, elements);
+        encode(values, room.values, room, sequences, key_heads, tokens, elements);
+    }
+    const auto rows_of = [&](const HeadRows& of, bool in_blocks) {
+        const size_t unit = in_blocks ? 1 : bytes;
+        const size_t row = in_blocks ? Attention::block_row_bytes(elements) : elements * bytes;
+        return AttentionRows{of.data, of.sequence_stride * unit, of.head_stride * unit, row};
     };
-    const AttentionShape shape{
-        sequences, heads,      block.attention.key.weight.rows / elements, tokens, room.tokens + tokens, elements,
-        elements,  block.scale};
-    attention_.attend(shape, all(query), all(room.keys), all(room.values), mask, scratch.attended.data());
+    const AttentionShape shape{sequences, heads,    key_heads,   tokens,        room.tokens + tokens,
+                               elements,  elements, block.scale, room.in_blocks};
+    attention_.attend(shape, rows_of(query, false), rows_of(room.keys, room.in_blocks),
+                      rows_of(room.values, room.in_blocks), mask, scratch.attended.data());
     const Linear::Projection output{block.output.weight, block.output.bias, scratch.output.data()};
     linear_.project({&output, 1}, scratch.attended.data(), rows);
     if (block.after) norms_.apply(*block.after, scratch.output.data(), rows, scratch.output.data());
@@ -76,6 +81,40 @@ void AttentionBlocks::compute(const AttentionBlock& block, const void* x, size_t
         std::copy_n(static_cast<const char*>(ffn), rows * hidden * bytes, static_cast<char*>(ffn_input));
     }
     scratch.shrink();
+}
+
+HeadRows AttentionBlocks::new_rows(const HeadRows& held, const KeyValueRoom& room, size_t heads, size_t rows,
+                                   size_t tokens, size_t elements, std::vector<char>& scratch) const {
+    if (!room.in_blocks) {
+        return {static_cast<char*>(held.data) + room.tokens * elements * bytes_of(dtype_), held.sequence_stride,
+                held.head_stride};
+    }
+    scratch.resize(rows * heads * elements * bytes_of(dtype_));
+    return {scratch.data(), heads * tokens * elements, tokens * elements};
+}
+
+void AttentionBlocks::encode(const HeadRows& rows, const HeadRows& held, const KeyValueRoom& room, size_t sequences,
+                             size_t heads, size_t tokens, size_t elements) const {
+    const size_t row_bytes = Attention::block_row_bytes(elements);
+    const auto encode_head = [&](size_t index) {
+        static thread_local std::vector<float> values;
+        values.resize(elements);
+        const size_t sequence = index / heads, head = index % heads;
+        const char* from = static_cast<const char*>(rows.data) +
+                           (sequence * rows.sequence_stride + head * rows.head_stride) * bytes_of(dtype_);
+        auto* to = static_cast<uint8_t*>(held.data) + sequence * held.sequence_stride + head * held.head_stride +
+                   room.tokens * row_bytes;
+        for (size_t t = 0; t < tokens; t++, to += row_bytes) {
+            kernels_.upcast(from + t * elements * bytes_of(dtype_), elements, values.data());
+            encode_q8_0(values.data(), elements, to);
+        }
+    };
+    const size_t items = sequences * heads;
+    if (items * tokens * elements <= ENCODED_ALONE) {
+        for (size_t item = 0; item < items; item++) encode_head(item);
+    } else {
+        workers_.run(items, encode_head);
+    }
 }
 
 void AttentionBlocks::finish(const float* y, const std::optional<Norm>& norm, const void* sum, size_t rows,

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <functional>
 #include <optional>
+#include <vector>
 
 #include "kernels/attention.h"
 #include "kernels/attention_inputs.h"
@@ -23,7 +24,8 @@ struct AttentionBlock {
 // Keys and values of all tokens so far, with room for more behind them.
 struct KeyValueRoom {
     HeadRows keys, values;
-    size_t tokens;  // held
+    size_t tokens;           // held
+    bool in_blocks = false;  // rows of Attention::BLOCKS, with strides in bytes
 };
 
 // Safe to call from several threads.
@@ -63,6 +65,12 @@ class AttentionBlocks {
     Dtype dtype() const { return dtype_; }
 
   private:
+    // Where the rows of the new tokens are written first, of keys or of values.
+    HeadRows new_rows(const HeadRows& held, const KeyValueRoom& room, size_t heads, size_t rows, size_t tokens,
+                      size_t elements, std::vector<char>& scratch) const;
+    // Writes new rows in blocks behind the others.
+    void encode(const HeadRows& rows, const HeadRows& held, const KeyValueRoom& room, size_t sequences, size_t heads,
+                size_t tokens, size_t elements) const;
     void add(const void* x, const void* y, size_t count, void* sum) const;
 
     Workers& workers_;

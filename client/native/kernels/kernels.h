@@ -20,7 +20,7 @@ using weightd::Encoding;
 // Tokens of one call: the bits of a row mask. More tokens are computed in groups, while the weights are in a cache.
 inline constexpr size_t TOKENS_MAX = 16;
 
-inline size_t divide_up(size_t value, size_t by) { return (value + by - 1) / by; }
+constexpr size_t divide_up(size_t value, size_t by) { return (value + by - 1) / by; }
 
 // Asks for bytes that are soon read, so that memory is read while something else is computed. Into the L2 cache, which
 // has more misses under way than L1.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from torch import Tensor
 from flashclient import FlashClient
 from flashclient.batching.batch import Batch, feed
 from flashclient.kernels.growing_cache import GrowingCache
+from flashclient.model.loaded import LoadedModel
+from weightd_proto.modes import KV_INT8, KV_PLAIN
 
 KINDS = {  # family, dtype
     "llama": ("llama", "float32"),
@@ -45,35 +48,37 @@ def tokens_of(index: int) -> list[int]:
     return torch.randint(3, VOCABULARY, (length,), generator=torch.Generator().manual_seed(index)).tolist()
 
 
-def prefilled(model: Any, *rows: list[int]) -> GrowingCache:
-    cache = GrowingCache(model.config)
-    feed(model, rows, cache, [0] * len(rows))
+def prefilled(loaded: LoadedModel, *rows: list[int]) -> GrowingCache:
+    cache = loaded.new_cache()
+    feed(loaded.model, rows, cache, [0] * len(rows))
     return cache
 
 
-def alone(model: Any, index: int) -> list[Tensor]:
+def alone(loaded: LoadedModel, index: int) -> list[Tensor]:
     """The logits after each token behind the prompt."""
     tokens = tokens_of(index)
-    cache = prefilled(model, tokens[:-STEPS])
+    cache, model = prefilled(loaded, tokens[:-STEPS]), loaded.model
     length = len(tokens) - STEPS
     return [feed(model, [[token]], cache, [length + step])[0] for step, token in enumerate(tokens[-STEPS:])]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_rows_that_come_and_go(clients: dict[str, FlashClient], kind: str) -> None:
-    client = clients[kind]
-    model, chance = client.model, random.Random(kind)
-    expected = {index: alone(model, index) for index in range(2 * len(LENGTHS))}
+@pytest.mark.parametrize(
+    ("kind", "kv_dtype"), [*((kind, KV_PLAIN) for kind in KINDS), ("gemma3", KV_INT8), ("opt", KV_INT8)]
+)
+def test_rows_that_come_and_go(clients: dict[str, FlashClient], kind: str, kv_dtype: str) -> None:
+    loaded = replace(clients[kind].loaded, kv_dtype=kv_dtype)
+    chance = random.Random(kind)
+    expected = {index: alone(loaded, index) for index in range(2 * len(LENGTHS))}
     waiting = list(expected)
     chance.shuffle(waiting)
-    batch = Batch(client.loaded)
+    batch = Batch(loaded)
     running: list[tuple[int, int]] = []  # index, and steps done
     seen = 0
     while waiting or running:
         while waiting and (not running or (len(running) < 5 and chance.random() < 0.4)):
             indices = [waiting.pop() for _ in range(min(len(waiting), chance.choice((1, 1, 2, 3))))]
             prompts = [tokens_of(index)[:-STEPS] for index in indices]
-            batch.join(prefilled(model, *prompts), list(map(len, prompts)))
+            batch.join(prefilled(loaded, *prompts), list(map(len, prompts)))
             running += [(index, 0) for index in indices]
         logits = batch.step([tokens_of(index)[done - STEPS] for index, done in running])
         for row, (index, done) in enumerate(running):

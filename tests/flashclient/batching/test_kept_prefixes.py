@@ -20,6 +20,7 @@ from flashclient.batching.batch import feed
 from flashclient.batching.kept_file import NAME, PAGE_BYTES, KeptFile
 from flashclient.batching.kept_prefixes import KeptPrefixes
 from flashclient.kernels.growing_cache import GrowingCache
+from weightd_proto.modes import KV_INT8, KV_PLAIN
 
 KINDS = {"llama": "float32", "gemma3": "float32", "opt": "bfloat16"}  # gemma3 has windows of 16 tokens
 
@@ -57,14 +58,17 @@ def file_of(folder: Path, pages: int) -> Iterator[KeptFile]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("bound", "pages"), [(10_000, 0), (150, 0), (150, 7), (150, 1000)])
+@pytest.mark.parametrize(
+    ("bound", "pages", "kv_dtype"),
+    [(10_000, 0, KV_PLAIN), (150, 0, KV_PLAIN), (150, 7, KV_PLAIN), (150, 1000, KV_PLAIN), (150, 7, KV_INT8)],
+)
 def test_what_is_kept_changes_no_bit(
-    clients: dict[str, FlashClient], kind: str, bound: int, pages: int, tmp_path: Path
+    clients: dict[str, FlashClient], kind: str, bound: int, pages: int, kv_dtype: str, tmp_path: Path
 ) -> None:
     model, chance = clients[kind].model, random.Random(bound + pages)
     with file_of(tmp_path, pages) as file:
-        kept = KeptPrefixes(model.config, bound, file)
-        reused = reuse(model, kept, bound, chance)
+        kept = KeptPrefixes(model.config, bound, file, kv_dtype)
+        reused = reuse(model, kept, bound, chance, kv_dtype)
         assert reused > 50
         assert (kept.fetched_tokens > 0) == (pages > 0)
         assert file.used_bytes <= pages * PAGE_BYTES
@@ -74,14 +78,14 @@ def test_what_is_kept_changes_no_bit(
         assert kept.tokens == 0
 
 
-def reuse(model: Any, kept: KeptPrefixes, bound: int, chance: random.Random) -> int:
+def reuse(model: Any, kept: KeptPrefixes, bound: int, chance: random.Random, kv_dtype: str) -> int:
     reused = 0
     for prompt in conversations(chance):
         kept.fetch(prompt, len(prompt) - 1)
         length = kept.usable(prompt, len(prompt) - 1)
         cache = kept.begin([prompt], [length])
         logits = feed(model, [prompt[length:]], cache, [length])
-        assert torch.equal(logits, feed(model, [prompt], GrowingCache(model.config), [0]))
+        assert torch.equal(logits, feed(model, [prompt], GrowingCache(model.config, kv_dtype), [0]))
         kept.keep(prompt, cache, 0)
         assert kept.tokens <= bound
         reused += length

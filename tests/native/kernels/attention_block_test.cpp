@@ -44,8 +44,10 @@ class BlockBits : public OfInstructionSet {
     }
 
     // The sums and the inputs of the FFN, after passes of so many tokens each.
-    std::vector<float> passes(const AttentionBlocks& blocks, const std::vector<size_t>& tokens) const {
-        std::vector<float> keys(SEQUENCES * KEY_HEADS * TOKENS * ELEMENTS), values(keys.size());
+    std::vector<float> passes(const AttentionBlocks& blocks, const std::vector<size_t>& tokens, bool in_blocks) const {
+        const size_t row = in_blocks ? Attention::block_row_bytes(ELEMENTS) : ELEMENTS;  // in units of strides
+        std::vector<char> keys(SEQUENCES * KEY_HEADS * TOKENS * row * (in_blocks ? 1 : sizeof(float)));
+        std::vector<char> values(keys.size());
         std::vector<float> all(2 * SEQUENCES * TOKENS * HIDDEN);
         size_t held = 0;
         for (const size_t some : tokens) {
@@ -54,9 +56,9 @@ class BlockBits : public OfInstructionSet {
                 const auto first = x_.begin() + static_cast<ptrdiff_t>((s * TOKENS + held) * HIDDEN);
                 x.insert(x.end(), first, first + static_cast<ptrdiff_t>(some * HIDDEN));
             }
-            const size_t head = TOKENS * ELEMENTS;
+            const size_t head = TOKENS * row;
             const KeyValueRoom room{
-                {keys.data(), KEY_HEADS * head, head}, {values.data(), KEY_HEADS * head, head}, held};
+                {keys.data(), KEY_HEADS * head, head}, {values.data(), KEY_HEADS * head, head}, held, in_blocks};
             const Rotation rotation{cos_.data() + held * ELEMENTS, sin_.data() + held * ELEMENTS, ELEMENTS, 0,
                                     ELEMENTS};
             const AttentionMask mask{some == TOKENS ? AttentionMask::Kind::causal : AttentionMask::Kind::none};
@@ -86,15 +88,17 @@ class BlockBits : public OfInstructionSet {
 
 TEST_P(BlockBits, DoNotDependOnThreadsCallersOrPasses) {
     Workers one(1), four(4);
-    const std::vector<float> expected = passes(AttentionBlocks(one, Dtype::f32, GetParam()), {TOKENS});
     const AttentionBlocks shared(four, Dtype::f32, GetParam());
-    std::vector<std::vector<float>> results(3);
-    std::vector<std::thread> callers;
-    for (auto& result : results) {
-        callers.emplace_back([&] { result = passes(shared, {1, 1, 1, 1, 1, 1, 1}); });
+    for (const bool in_blocks : {false, true}) {
+        const std::vector<float> expected = passes(AttentionBlocks(one, Dtype::f32, GetParam()), {TOKENS}, in_blocks);
+        std::vector<std::vector<float>> results(3);
+        std::vector<std::thread> callers;
+        for (auto& result : results) {
+            callers.emplace_back([&] { result = passes(shared, {1, 1, 1, 1, 1, 1, 1}, in_blocks); });
+        }
+        for (std::thread& caller : callers) caller.join();
+        for (const auto& result : results) EXPECT_EQ(result, expected);
     }
-    for (std::thread& caller : callers) caller.join();
-    for (const auto& result : results) EXPECT_EQ(result, expected);
 }
 
 TEST_P(BlockBits, NumbersOf16BitsAreRoundedToTheNearest) {

@@ -29,11 +29,12 @@ class AttentionBits : public OfInstructionSet {
     }
 
     static AttentionRows rows(const std::vector<float>& values, size_t heads, size_t count, size_t elements) {
-        return {values.data(), heads * count * elements, count * elements, elements};
+        return {values.data(), heads * count * elements * sizeof(float), count * elements * sizeof(float),
+                elements * sizeof(float)};
     }
 
     std::vector<float> attend(const Attention& attention) const {
-        const auto [sequences, heads, key_heads, tokens, keys, key_elements, value_elements, scale] = SHAPE;
+        const auto [sequences, heads, key_heads, tokens, keys, key_elements, value_elements, scale, in_blocks] = SHAPE;
         std::vector<float> out(sequences * tokens * heads * value_elements, -1.0f);
         const AttentionMask mask{AttentionMask::Kind::boolean, mask_.data(), tokens * keys, 0, keys, 1};
         attention.attend(SHAPE, rows(query_, heads, tokens, key_elements), rows(key_, key_heads, keys, key_elements),

@@ -77,6 +77,8 @@ def test_a_configuration_gives_the_sizes_of_the_import(tmp_path: Path, capsys: p
     assert said["ffn_bytes"] == record.bundles_file_bytes
     assert said["model_class"] == "LlamaForCausalLM"
     assert min(said["ffn_ms"], said["besides_ms"]) > 0
+    rows = 2 * 2 * 2  # layers, heads, keys and values: of 16 elements, and padded to a block of 34 bytes
+    assert (said["kv_bytes_per_token"], said["kv_int8_bytes_per_token"]) == (rows * 16 * 2, rows * 34)
     from_store = planned(capsys, "model", "--store", store)
     assert from_store["smallest_dram_bytes"] == said["smallest_dram_bytes"]
     assert from_store["plans"][-1]["read_bytes_per_token"] == 0

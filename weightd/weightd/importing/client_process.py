@@ -71,6 +71,8 @@ class TokenCost:
     ffn_s: float
     besides_s: float
     picks: int = 0
+    kv_bytes: int = 0
+    kv_int8_bytes: int = 0
 
 
 def token_cost(record: Model, folder: Path, ask: Ask) -> TokenCost:
@@ -78,7 +80,7 @@ def token_cost(record: Model, folder: Path, ask: Ask) -> TokenCost:
     response = ask(ImportRequest(cost=RehearseRequest(record=record, folder=os.fspath(folder))))
     if response.refusal:
         raise CheckpointError(f"no client could run {record.name}: {response.refusal}")
-    return TokenCost(response.ffn_s, response.besides_s, response.picks)
+    return TokenCost(response.ffn_s, response.besides_s, response.picks, response.kv_bytes, response.kv_int8_bytes)
 
 
 def _as_bytes(config: Mapping[str, Any]) -> bytes:

@@ -169,6 +169,8 @@ def _as_json(plan: Plan) -> dict[str, Any]:
         "device": {"source": plan.device_text, "sequential_gb_per_s": plan.device.sequential_gb_per_s},
         "ffn_ms": subject.cost.ffn_s * 1e3,
         "besides_ms": subject.cost.besides_s * 1e3,
+        "kv_bytes_per_token": subject.cost.kv_bytes,
+        "kv_int8_bytes_per_token": subject.cost.kv_int8_bytes,
         "plans": [_figures(size, each) for size, each in plan.expectations.items()],
         "assumptions": list(plan.assumptions),
         "slides": None if slides is None else vars(slides),
@@ -203,6 +205,11 @@ def _as_text(plan: Plan) -> Iterator[str]:
     computed = f"{subject.cost.picks} experts of each layer" if has_experts(record) else "all FFNs"
     ffn, besides = (_milliseconds(each * 1e3) for each in (subject.cost.ffn_s, subject.cost.besides_s))
     yield _row("computing", f"{ffn} a token for {computed} in memory, {besides} for all else, as measured here")
+    if subject.cost.kv_bytes:
+        in_int8 = subject.cost.kv_int8_bytes
+        less = f", {format_size(in_int8)} with --kv-dtype int8" if in_int8 else ""
+        kept = f"keys and values of {format_size(subject.cost.kv_bytes)} a token{less}, in the client beside --dram"
+        yield _row("context", kept)
     yield _row("smallest", f"--dram {format_enough(plan.minimum_bytes)}")
     for each in plan.assumptions:
         yield _row("assumed", each)
