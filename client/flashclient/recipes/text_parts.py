@@ -63,6 +63,8 @@ TEXT_PARTS: dict[str, TextPart] = {
     **dict.fromkeys(("aya_vision", "cohere2_vision"), TextPart(constants={"logit_scale": 1.0})),
     "granite_speech": TextPart(constants={"logits_scaling": 1.0}),
     **dict.fromkeys(("idefics2", "idefics3", "smolvlm"), TextPart(TEXT_MODEL)),
+    "glm4v": TextPart(model_type="glm4"),
+    "glm4v_moe": TextPart(model_type="glm4_moe"),
     "qwen2_vl": TextPart(model_type="qwen2"),
     "qwen2_5_vl": TextPart(model_type="qwen2"),
     "qwen3_vl": TextPart(model_type="qwen3"),
