@@ -84,6 +84,12 @@ def test_names_that_the_locale_cannot_write(store: Path, tmp_path: Path) -> None
         assert (status, errors.count("\n"), "no store at" in errors) == (1, 1, True), errors
 
 
+def test_an_import_into_a_folder_that_the_locale_cannot_decode(tmp_path: Path) -> None:
+    source = make_checkpoint("opt", tmp_path / "modèle", layers=1)
+    status, _, errors = weightd("import", source, "--store", tmp_path / "störe", environment=ASCII)
+    assert (status, errors) == (0, "")
+
+
 def test_a_daemon_whose_streams_are_closed_serves_and_keeps_them_free(store: Path, tmp_path: Path) -> None:
     address = f"unix:{tmp_path}/w.sock"
     with serving(store, "--dram", "64MiB", address=address, prefix=(sys.executable, "-c", CLOSED, "0,1")) as daemon:

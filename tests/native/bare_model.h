@@ -62,13 +62,15 @@ class IdleReader final : public Reader {
     int register_file(const DirectFile&) override { return -1; }
     void unregister_file(int) override {}
     int register_memory(std::span<std::byte>) override { return ++registered; }
-    void unregister_memory(int index) override { registered -= index >= 0; }
+    void pin_memory(int) override { pinned++; }
+    void unregister_memory(int) override { registered--; }
     void submit(std::vector<Read>) override {}
     void reap(std::vector<Completion>&) override {}
     void wait() override {}
     ReadQueue queue() const override { return {}; }
     int event_fd() const override { return -1; }
     int registered = 0;
+    int pinned = 0;  // since the start
 };
 
 }  // namespace weightd

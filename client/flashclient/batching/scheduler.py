@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -98,6 +98,7 @@ class Scheduler:
             need the room.
         order: of steps, shared with the schedulers of other models.
         kept_file: for what is kept and has no room in memory.
+        before_step: called with the model's turn before each step.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class Scheduler:
         kept_tokens_max: int = KEPT_TOKENS_MAX,
         order: StepOrder | None = None,
         kept_file: KeptFile | None = None,
+        before_step: Callable[[], None] | None = None,
     ) -> None:
         assert 1 <= sequences_max <= SEQUENCES_MAX
         _check_cache(loaded)
@@ -121,6 +123,7 @@ class Scheduler:
         self._kept = KeptPrefixes(loaded.model.config, kept_max, kept_file, loaded.kv_dtype)
         self.kept_file = kept_file
         self._order = StepOrder() if order is None else order
+        self._before_step = before_step
         self._changed = threading.Condition()
         self._waiting: deque[TextRequest] = deque()
         self._closing = False
@@ -186,6 +189,8 @@ class Scheduler:
             while self._await_work():
                 try:
                     with self._order.turn(), self._loaded.turns.taken(), on_cpu():
+                        if self._before_step is not None:
+                            self._before_step()
                         self._step()
                 except Exception as error:  # of the daemon or the device: what runs is lost, what waits is not
                     _log(error)

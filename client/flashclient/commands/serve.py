@@ -7,8 +7,9 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from importlib.util import find_spec
 from itertools import repeat
 from pathlib import Path
@@ -47,6 +48,14 @@ def add(commands: Any) -> None:
         type=_origin,
         metavar="ORIGIN",
         help="a site whose pages may use the server, such as http://localhost:3000; may be repeated",
+    )
+    command.add_argument(
+        "--lora-modules",
+        action="append",
+        default=[],
+        type=_adapter,
+        metavar="NAME=DIR",
+        help="a LoRA adapter of the first model, which requests name as their model; may be repeated",
     )
     command.add_argument("--ui", action="store_true", help="also serve a page to chat and to watch the model, at /")
     command.add_argument(
@@ -97,6 +106,13 @@ def _origin(text: str) -> str:
     return text
 
 
+def _adapter(text: str) -> tuple[str, Path]:
+    name, separator, folder = text.partition("=")
+    if not (name and separator and folder):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a name and a folder such as sql=./sql-lora")
+    return name, Path(folder)
+
+
 def _run(options: argparse.Namespace) -> int:
     keys = _checked(options)
     with ExitStack() as opened:
@@ -116,6 +132,9 @@ def _checked(options: argparse.Namespace) -> list[str]:
         raise OptionError(f"{len(options.models)} models are more than {MODELS_MAX}: start another server for the rest")
     if options.json:
         raise OptionError("--json is not for serve: leave it out")
+    names = [name for name, _ in options.lora_modules]
+    if len(set(names)) < len(names):
+        raise OptionError(f"--lora-modules {max(names, key=names.count)}: give each adapter a name of its own")
     if options.kept_folder is not None and not options.kept_folder.is_dir():
         raise OptionError(f"--kept-folder {options.kept_folder} is not a folder: make it first")
     if options.api_key_file is None:
@@ -147,10 +166,29 @@ def _hosted(options: argparse.Namespace, opened: ExitStack) -> dict[str, Any]:
             raise OptionError(f"model '{name}' is given twice: give each once")
         if client.tokenizer is None:
             raise FlashClientError(f"model '{name}' was stored without a tokenizer, and the server answers with text")
-        scheduler = Scheduler(client.loaded, *bounds, order, next(files))
-        opened.callback(scheduler.close)
-        models[name] = HostedModel(name, client, scheduler)
+        for hosted, before_step in _variants(client, [] if models else options.lora_modules):
+            if hosted in models:
+                raise OptionError(f"--lora-modules {hosted}: a model has that name: give the adapter another one")
+            file = next(files) if hosted == name else None
+            scheduler = Scheduler(client.loaded, *bounds, order, file, before_step)
+            opened.callback(scheduler.close)
+            models[hosted] = HostedModel(hosted, client, scheduler, None if hosted == name else name)
     return models
+
+
+def _variants(client: Any, adapters: list[tuple[str, Path]]) -> Iterator[tuple[str, Callable[[], None] | None]]:
+    """The names of a model alone and with each of its adapters, and what is called before a step of it."""
+    if not adapters:
+        yield client.record.name, None
+        return
+    from flashclient.batching.adapters import Adapters
+
+    loaded = Adapters(client.loaded)
+    for name, folder in adapters:
+        loaded.load(name, folder)
+    yield client.record.name, partial(loaded.use, None)
+    for name, _ in adapters:
+        yield name, partial(loaded.use, name)
 
 
 def _kept_files(options: argparse.Namespace, opened: ExitStack) -> Iterator[Any]:

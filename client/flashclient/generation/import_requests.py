@@ -10,6 +10,7 @@ A client that has started the import answers itself (answering()), because it ha
 from __future__ import annotations
 
 import multiprocessing
+import os
 import sys
 import threading
 import warnings
@@ -32,13 +33,18 @@ def answer(request: ImportRequest) -> ImportResponse:
             with one_thread():  # tiny instances
                 return ImportResponse(recipe=derive(request.derive))
         if request.WhichOneof("what") == "cost":
-            return token_cost(request.cost.record, Path(request.cost.folder))
-        rehearse(request.rehearse.record, Path(request.rehearse.folder))
+            return token_cost(request.cost.record, Path(os.fsdecode(request.cost.folder)))
+        rehearse(request.rehearse.record, Path(os.fsdecode(request.rehearse.folder)))
         return ImportResponse()
     except (ModelError, RefusedFileError) as error:
-        return ImportResponse(refusal=str(error).replace("\n", "\\n"))
+        return ImportResponse(refusal=_in_utf8(str(error).replace("\n", "\\n")))
     except Exception as error:  # libraries raise anything for a configuration of unknown origin
-        return ImportResponse(refusal=f"{type(error).__name__}: {' '.join(str(error).split())}")
+        return ImportResponse(refusal=_in_utf8(f"{type(error).__name__}: {' '.join(str(error).split())}"))
+
+
+def _in_utf8(text: str) -> str:
+    """Text that may name a path which the locale cannot decode."""
+    return text.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 @contextmanager

@@ -59,7 +59,18 @@ def use_fast_linears(model: nn.Module, workers: Workers, instruction_set: str | 
     Raises:
         ValueError: the processor does not have `instruction_set`.
     """
-    kernels = KernelOf({dtype: Linear(workers, name, instruction_set) for dtype, name in KERNEL_DTYPES.items()})
+    return _change(
+        model, KernelOf({dtype: Linear(workers, name, instruction_set) for dtype, name in KERNEL_DTYPES.items()})
+    )
+
+
+def use_fast_linears_again(model: nn.Module) -> int:
+    """The same, with the same kernels, for what was added to `model` since: the matrices of an adapter."""
+    kernels = next((module.kernels for module in model.modules() if isinstance(module, ResidentLinear)), None)
+    return 0 if kernels is None else _change(model, kernels)
+
+
+def _change(model: nn.Module, kernels: KernelOf[Linear]) -> int:
     linears = [module for module in model.modules() if type(module) is nn.Linear]
     for module in linears:
         module.__class__ = ResidentLinear

@@ -228,4 +228,5 @@ def _prepared(model: HostedModel, body: ChatBody) -> tuple[list[int], ToolSet | 
 
 
 def _described(model: HostedModel) -> dict[str, Any]:
-    return {"id": model.name, "object": "model", "created": model.created_unix_s, "owned_by": "weightd"}
+    told = {"id": model.name, "object": "model", "created": model.created_unix_s, "owned_by": "weightd"}
+    return told if model.parent is None else told | {"parent": model.parent}

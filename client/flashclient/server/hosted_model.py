@@ -67,11 +67,16 @@ class Answer:
 
 @dataclass
 class HostedModel:
-    """A client, and the scheduler of its requests."""
+    """A client, and the scheduler of its requests.
+
+    Attributes:
+        parent: the name of the model that this one is with an adapter.
+    """
 
     name: str
     client: FlashClient
     scheduler: Scheduler
+    parent: str | None = None
     created_unix_s: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:

@@ -21,6 +21,7 @@ class PartReader final : public Reader {
     int register_file(const DirectFile& file) override { return reader_->register_file(file); }
     void unregister_file(int index) override { reader_->unregister_file(index); }
     int register_memory(std::span<std::byte> memory) override;
+    void pin_memory(int index) override { reader_->pin_memory(memory_.at(index).index); }
     void unregister_memory(int index) override;
     void submit(std::vector<Read> reads) override;
     void reap(std::vector<Completion>& completions) override;

@@ -21,8 +21,8 @@ from flashclient.recipes.published import published
         ({"model_type": "mine"}, "unknown model type 'mine': it may need a newer transformers"),
         ({"model_type": "clip"}, "no causal language model of type 'clip'"),
         (
-            {"model_type": "glm4v", "text_config": {}},
-            "'glm4v' is not known to run alone: it is for gemma3",
+            {"model_type": "perception_lm", "text_config": {}},
+            "'perception_lm' is not known to run alone: it is for gemma3",
         ),
         ({}, "config.json has no model_type"),
         ({"model_type": "chatglm", "position_encoding_2d": True}, "position_encoding_2d = True"),

@@ -78,17 +78,21 @@ TEST_P(ReaderTest, ReadsMoreThanItsDepthIntoTheirPlaces) {
     const auto reader = make();
     const int buffer = reader->register_memory(memory.bytes());
     const int index = reader->register_file(file);
-    std::vector<Read> reads;
-    for (uint64_t i = 0; i < 300; i++) {
-        reads.push_back(read_of(i, file, i * 4096, {{memory.data() + i * 4096, 4096}}));
-        reads.back().buffer_index = buffer;
-        reads.back().file_index = index;
+    for (int time = 0; time < 2; time++) {  // into memory that is not pinned, then into pinned memory
+        std::vector<Read> reads;
+        for (uint64_t i = 0; i < 300; i++) {
+            reads.push_back(read_of(i, file, i * 4096, {{memory.data() + i * 4096, 4096}}));
+            reads.back().buffer_index = buffer;
+            reads.back().file_index = index;
+        }
+        reader->submit(std::move(reads));
+        const auto errors = finish(*reader, 300);
+        EXPECT_EQ(errors.size(), 300U);
+        for (const auto& [tag, error] : errors) EXPECT_EQ(error, 0) << tag;
+        EXPECT_EQ(std::memcmp(memory.data(), bytes.data(), bytes.size()), 0);
+        std::memset(memory.data(), 0, bytes.size());
+        reader->pin_memory(buffer);
     }
-    reader->submit(std::move(reads));
-    const auto errors = finish(*reader, 300);
-    EXPECT_EQ(errors.size(), 300U);
-    for (const auto& [tag, error] : errors) EXPECT_EQ(error, 0) << tag;
-    EXPECT_EQ(std::memcmp(memory.data(), bytes.data(), bytes.size()), 0);
     reader->unregister_memory(buffer);
     reader->unregister_file(index);
 }

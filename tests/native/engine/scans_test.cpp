@@ -45,6 +45,7 @@ class ToldReader final : public Reader {
     int register_file(const DirectFile&) override { return -1; }
     void unregister_file(int) override {}
     int register_memory(std::span<std::byte>) override { return -1; }
+    void pin_memory(int) override {}
     void unregister_memory(int) override {}
     void submit(std::vector<Read> reads) override { std::move(reads.begin(), reads.end(), std::back_inserter(asked_)); }
     void reap(std::vector<Completion>& completions) override {

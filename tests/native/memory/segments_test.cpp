@@ -36,18 +36,21 @@ TEST_F(SegmentsTest, APoolGrowsUntilDramOrItsCellsEnd) {
     EXPECT_EQ(grow_all(small), 25U) << "the last segment is as large as is useful";
     EXPECT_EQ(grow_all(one), DRAM_SLOTS - 25);
     EXPECT_EQ(memory.free_bytes(), 0U);
+    EXPECT_EQ(reader.registered, 3 + 14);
 }
 
-TEST_F(SegmentsTest, ASegmentIsRegisteredWhenItsPagesAreThere) {
+TEST_F(SegmentsTest, ASegmentIsPinnedWhenItsPagesAreThere) {
     Model& small = add_active(models, 25);
     EXPECT_EQ(grow_all(small), 25U);
-    EXPECT_EQ(reader.registered, 0);
-    while (reader.registered < 3) segments.register_populated();
+    EXPECT_EQ(reader.registered, 3);
+    while (reader.pinned < 3) segments.pin_populated();
     segments.drain_all(small);
     EXPECT_EQ(reader.registered, 0);
     grow_all(one);
-    segments.drain_all(one);  // some are not registered yet
-    segments.register_populated();
+    segments.drain_all(one);  // some are not pinned yet
+    const int pinned = reader.pinned;
+    segments.pin_populated();
+    EXPECT_EQ(reader.pinned, pinned);
     EXPECT_EQ(reader.registered, 0);
 }
 

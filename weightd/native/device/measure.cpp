@@ -37,6 +37,7 @@ class Load {
         if (offsets_ == 0) throw std::invalid_argument(path + " is shorter than one read");
         file_index_ = reader_->register_file(file_);
         buffer_index_ = reader_->register_memory(memory_.bytes());
+        reader_->pin_memory(buffer_index_);
     }
 
     Measurement run() {

@@ -70,6 +70,8 @@ class Reader {
     virtual int register_file(const DirectFile& file) = 0;  // index, or -1
     virtual void unregister_file(int index) = 0;
     virtual int register_memory(std::span<std::byte> memory) = 0;  // index, or -1
+    // Registered memory has all its pages from now on: reads into it may cost less.
+    virtual void pin_memory(int index) = 0;
     virtual void unregister_memory(int index) = 0;
     // Takes any number of reads; those beyond the depth wait inside.
     virtual void submit(std::vector<Read> reads) = 0;

@@ -48,6 +48,7 @@ class ThreadReader final : public Reader {
     int register_file(const DirectFile&) override { return -1; }
     void unregister_file(int) override {}
     int register_memory(std::span<std::byte>) override { return -1; }
+    void pin_memory(int) override {}
     void unregister_memory(int) override {}
     int event_fd() const override { return done_.event_fd(); }
 

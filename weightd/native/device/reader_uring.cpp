@@ -40,6 +40,7 @@ class UringReader final : public Reader {
         }
         free_files_ = descending(FILES_MAX);
         free_buffers_ = descending(BUFFERS_MAX);
+        registered_.resize(BUFFERS_MAX);
         free_flights_ = descending(reads_in_all(depth));
     }
 
@@ -68,14 +69,20 @@ class UringReader final : public Reader {
     int register_memory(std::span<std::byte> memory) override {
         if (!buffers_ || free_buffers_.empty()) return -1;
         const int index = static_cast<int>(free_buffers_.back());
-        if (!update_buffer(index, {memory.data(), memory.size()})) return -1;
         free_buffers_.pop_back();
+        registered_[static_cast<size_t>(index)] = {memory, false};
         return index;
+    }
+
+    void pin_memory(int index) override {
+        if (index < 0) return;
+        Registered& one = registered_[static_cast<size_t>(index)];
+        one.pinned = update_buffer(index, {one.memory.data(), one.memory.size()});
     }
 
     void unregister_memory(int index) override {
         if (index < 0) return;
-        update_buffer(index, {nullptr, 0});
+        if (registered_[static_cast<size_t>(index)].pinned) update_buffer(index, {nullptr, 0});
         free_buffers_.push_back(static_cast<uint32_t>(index));
     }
 
@@ -115,6 +122,10 @@ class UringReader final : public Reader {
     int event_fd() const override { return event_.get(); }
 
   private:
+    struct Registered {
+        std::span<std::byte> memory;
+        bool pinned = false;
+    };
     static std::vector<uint32_t> descending(uint32_t count) {
         std::vector<uint32_t> numbers(count);
         for (uint32_t i = 0; i < count; i++) numbers[i] = count - 1 - i;
@@ -193,7 +204,7 @@ class UringReader final : public Reader {
         if (read.pieces.size() > 1) {
             ::io_uring_prep_readv(sqe, file, read.pieces.data(), static_cast<unsigned>(read.pieces.size()),
                                   read.offset_bytes);
-        } else if (read.buffer_index >= 0) {
+        } else if (read.buffer_index >= 0 && registered_[static_cast<size_t>(read.buffer_index)].pinned) {
             ::io_uring_prep_read_fixed(sqe, file, first.iov_base, length, read.offset_bytes, read.buffer_index);
         } else {
             ::io_uring_prep_read(sqe, file, first.iov_base, length, read.offset_bytes);
@@ -225,7 +236,8 @@ class UringReader final : public Reader {
     bool buffers_ = false;
     std::vector<uint32_t> free_files_;
     std::vector<uint32_t> free_buffers_;
-    std::vector<Read> flights_;  // by user_data
+    std::vector<Registered> registered_;  // by index
+    std::vector<Read> flights_;           // by user_data
     std::vector<uint32_t> free_flights_;
     ReadTurns turns_;
     uint32_t in_flight_max_ = 0;

@@ -195,7 +195,7 @@ bool Engine::step() {
     loader_.reap(loaded_);
     for (const Loaded& loaded : loaded_) take_in(loaded);
     bool any = !loaded_.empty() || !answered_.empty();
-    models_.register_populated();
+    models_.pin_populated();
     for (const auto& queues : queues_) {
         if (queues->model.pool == nullptr) continue;
         models_.retire_drained(queues->model);

@@ -79,7 +79,7 @@ class Models {
     Place place_for(Model& model, uint32_t cell);
     bool grow(Model& model) { return segments_.grow(model); }
     void retire_drained(Model& model) { segments_.retire(model); }
-    void register_populated() { segments_.register_populated(); }
+    void pin_populated() { segments_.pin_populated(); }
     // A session waits for a slot of its share: a surplus of another model is taken back for it.
     void claim_slots(const Model& model);
     bool openers_wait() const { return room_.keeps(); }

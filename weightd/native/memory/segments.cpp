@@ -44,17 +44,18 @@ bool Segments::grow(Model& model) {
     memory_.take(Account::pool, slots * cell_bytes);
     if (reservation_.model == model.index) reservation_.bytes -= std::min(reservation_.bytes, slots * cell_bytes);
     Segment& segment = model.pool->add_segment(next_number_++, std::move(*memory));
-    unpopulated_.emplace(segment.memory.data(), &segment);
+    segment.buffer_index = reader_.register_memory(segment.memory.bytes());
+    unpopulated_.emplace(segment.memory.data(), segment.buffer_index);
     populator_.add(segment.memory.bytes());
     return true;
 }
 
-void Segments::register_populated() {
+void Segments::pin_populated() {
     if (unpopulated_.empty()) return;
     for (const std::span<std::byte> memory : populator_.take_complete()) {
-        Segment& segment = *unpopulated_.at(memory.data());
-        segment.buffer_index = reader_.register_memory(memory);
-        unpopulated_.erase(memory.data());
+        const auto found = unpopulated_.find(memory.data());
+        reader_.pin_memory(found->second);
+        unpopulated_.erase(found);
     }
 }
 

@@ -1,8 +1,8 @@
 // The segments of all pools: which pool gets a new one, and which gives one up.
 //
 // Invariants: every segment is paid from --dram until it is dropped. A pool grows above the memory target only as far
-// as its sessions' shares need it. A segment that drains is dropped when its last lease ends. A segment is registered
-// with the reader when all its pages are there; until then it is read into unregistered.
+// as its sessions' shares need it. A segment that drains is dropped when its last lease ends. A segment is pinned
+// for the reader when all its pages are there, and read into from the start.
 #pragma once
 
 #include <cstdint>
@@ -32,7 +32,7 @@ class Segments {
     bool drain_surplus(const Model* asking, bool own);
     void drain_all(Model& model);  // nothing of it is leased or being read
     void retire(Model& model);     // drops its segments that have drained
-    void register_populated();     // with the reader
+    void pin_populated();          // tells the reader which segments have all their pages
 
     // Takes a segment without leases from one model, if it has one. What becomes free is reserved for the other model
     // until it has grown by as much, or until end_reservation().
@@ -57,7 +57,7 @@ class Segments {
     const Room& room_;
     uint32_t next_number_ = 0;
     Reservation reservation_;
-    std::unordered_map<const std::byte*, Segment*> unpopulated_;  // by where their memory begins
+    std::unordered_map<const std::byte*, int> unpopulated_;  // the reader's index, by where the memory begins
     Populator populator_;
 };
 

@@ -77,7 +77,7 @@ class TokenCost:
 
 def token_cost(record: Model, folder: Path, ask: Ask) -> TokenCost:
     """What a token of `record` costs, whose config.json is in `folder`. CheckpointError if no client could run it."""
-    response = ask(ImportRequest(cost=RehearseRequest(record=record, folder=os.fspath(folder))))
+    response = ask(ImportRequest(cost=RehearseRequest(record=record, folder=os.fsencode(folder))))
     if response.refusal:
         raise CheckpointError(f"no client could run {record.name}: {response.refusal}")
     return TokenCost(response.ffn_s, response.besides_s, response.picks, response.kv_bytes, response.kv_int8_bytes)
@@ -89,7 +89,7 @@ def _as_bytes(config: Mapping[str, Any]) -> bytes:
 
 def check_runnable(record: Model, folder: Path, checkpoint: Path, ask: Ask) -> None:
     """CheckpointError if a client could not use the files of `record` in `folder`, which came from `checkpoint`."""
-    response = ask(ImportRequest(rehearse=RehearseRequest(record=record, folder=os.fspath(folder))))
+    response = ask(ImportRequest(rehearse=RehearseRequest(record=record, folder=os.fsencode(folder))))
     if response.refusal:
         raise CheckpointError(f"no client could run {checkpoint}: {response.refusal}")
 
@@ -145,7 +145,7 @@ def _start(connection: Connection, said: IO[bytes]) -> subprocess.Popen[bytes]:
                 stdout=said,
                 stderr=said,
                 pass_fds=[descriptor],
-                env={**os.environ, **ENVIRONMENT},
+                env={**os.environ, **ENVIRONMENT, "PYTHONUTF8": "1"},  # libraries of its take no other paths
             )
         except PermissionError as error:  # the process changed its user
             raise CheckpointError(f"an import starts {sys.executable}, which this user may not run") from error
