@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -77,11 +77,8 @@ def test_requests_name_the_adapter(folder: Path, daemon: Daemon) -> None:
                 made = asking.completions.create(model=name, prompt=prompts, max_tokens=TOKENS, temperature=0)
                 got[name].add(made.choices[0].text)
 
-        threads = [threading.Thread(target=ask, args=(name,)) for name in names]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor() as threads:
+            list(threads.map(ask, names))
         listed: list[Any] = list(asking.models.list())
     assert [(one.id, one.model_dump().get("parent")) for one in listed] == [(BASE, None), ("one", BASE), ("v2", BASE)]
     assert got == {name: {told_alone(folder, adapter)} for name, adapter in names.items()}

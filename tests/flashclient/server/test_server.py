@@ -7,6 +7,7 @@ import json
 import os
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -120,11 +121,8 @@ def test_models_at_once(daemon: Daemon, asking: openai.OpenAI, alone: FlashClien
             made = asking.completions.create(model=name, prompt=f"Tale {number}", max_tokens=12, temperature=0)
             got[name].append(made.choices[0].text)
 
-    threads = [threading.Thread(target=ask, args=(name,)) for name in got]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(ask, got))
     with FlashClient(OTHER, address=daemon.address) as other:
         for name, client in ((NAME, alone), (OTHER, other)):
             prompts = [f"Tale {number}" for number in range(3)]

@@ -34,7 +34,8 @@ from weightd_proto.weightd_pb2 import (
 
 PACKAGES = ("torch", "transformers")
 TIMEOUT_S = 1800.0  # a model of 400 GB takes a few minutes
-ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+# UTF-8, because libraries take no paths that the locale cannot decode.
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONUTF8": "1"}
 
 Ask = Callable[[ImportRequest], ImportResponse]
 
@@ -145,7 +146,7 @@ def _start(connection: Connection, said: IO[bytes]) -> subprocess.Popen[bytes]:
                 stdout=said,
                 stderr=said,
                 pass_fds=[descriptor],
-                env={**os.environ, **ENVIRONMENT, "PYTHONUTF8": "1"},  # libraries of its take no other paths
+                env={**os.environ, **ENVIRONMENT},
             )
         except PermissionError as error:  # the process changed its user
             raise CheckpointError(f"an import starts {sys.executable}, which this user may not run") from error
