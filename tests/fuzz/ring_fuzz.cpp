@@ -91,7 +91,9 @@ class Stranger {
     }
 
     void truncate() {
-        require(::ftruncate(descriptors_[0].get(), input_.ConsumeIntegralInRange<off_t>(0, 1 << 20)) < 0, "a seal");
+        const auto bytes = input_.ConsumeIntegralInRange<off_t>(0, 1 << 20);
+        const bool truncated = ::ftruncate(descriptors_[0].get(), bytes) == 0;
+        require(!truncated || bytes == off_t{sizeof(ring::Ring)}, "a ring that keeps its size");
         require(::ftruncate(descriptors_[2].get(), 1 << 30) < 0, "no growth");
     }
 
