@@ -8,6 +8,9 @@ the device affects all alike. Tokens of a planted model are drawn at random, bec
 which would flatter the pool; a mixture's streams then share no more experts than chance makes them. The last row is the
 second turn of a long conversation: whose prompt is kept in memory, whose prompt came back from flash, because another
 conversation took the memory, and a prompt of which nothing is kept.
+
+llama-cpp-python's server answers the same prompts with the same weights in F16, but in predict mode. It has the memory
+of weightd and of `flashclient serve` together, and maps the file into it. It answers one request after the other.
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ import argparse
 import asyncio
 import sys
 import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -23,19 +28,28 @@ from statistics import median, quantiles
 from typing import Any
 
 import flashclient  # isort: skip  # noqa: F401 - before torch, so that torch's idle threads do not spin
+import torch
+from bench_import import make_cold
+from benchmarks.cgroup import capped_memory
 from benchmarks.forced_tokens import random_ids
+from benchmarks.llama import READAHEAD_KIB, add_environment_flag, llama_python
+from benchmarks.llama_server import llama_served, prompt_of
 from benchmarks.openai_server import served
-from benchmarks.processes import BenchError, serving
+from benchmarks.processes import WEIGHTD, BenchError, serving
+from benchmarks.readahead import readahead
 from benchmarks.report import Row, Target, machine_facts, report
 from flags import FlagParser
 from make_planted_model import make_planted_model
-from moe.files import mixture_files
+from moe.files import MixtureFiles, mixture_files
 from openai import AsyncOpenAI
-from planted.dense import write_tokenizer
+from paper.peers import BESIDE_WEIGHTS_BYTES
+from planted.dense import write_dense_gguf, write_tokenizer
+from planted.gguf_file import TEXTS_FROM
 from planted.mixture import MIXTURES
 from planted.plan import SHAPES
 from planted.store import PlantedStore, cut, dense_store, planted_store
 
+OURS, LLAMA = "weightd", "llama.cpp"
 EXACT, PREDICT, MIXTURE = "exact", "predict", "mixture"
 SHAPE_OF = {EXACT: "llama-1.3b", PREDICT: "opt-1.3b", MIXTURE: "olmoe-1b-7b"}
 AT_RANDOM = 100.0  # a temperature with which all tokens are as likely
@@ -43,6 +57,7 @@ SEED = 17
 TURN_TOKENS = 16  # of the second turn
 TURN_TARGET = 10.0
 AT_ONCE_TARGET = 8
+OVER_LLAMA_TARGET = 1.0
 GAIN_TARGETS = {EXACT: 3.0, PREDICT: 2.0, MIXTURE: 2.0}
 
 
@@ -63,9 +78,42 @@ class Turn:
 
     @property
     def tokens_per_s(self) -> float:
-        """While all streams decode."""
+        """While all streams decode; 0 where they were answered one after the other."""
         begin, end = max(times[0] for times in self.times), min(times[-1] for times in self.times)
-        return sum(begin < at <= end for times in self.times for at in times) / (end - begin)
+        return 0.0 if end <= begin else sum(begin < at <= end for times in self.times for at in times) / (end - begin)
+
+    @property
+    def answered_tokens_per_s(self) -> float:
+        """From the requests on, prompts included, until the last one is answered."""
+        return sum(map(len, self.times)) / (max(times[-1] for times in self.times) - self.started_s)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A server and its model. `prompt_of` makes of ids what the server takes."""
+
+    address: str
+    model: str
+    vocabulary: int
+    prompt_of: Callable[[list[int]], list[int] | str] = list
+
+    def prompt(self, tokens: int, seed: int) -> list[int]:
+        """Random ids of texts, which both servers take."""
+        return [max(one, TEXTS_FROM) for one in random_ids(self.vocabulary, tokens, seed)]
+
+    async def times(self, prompt: list[int], tokens: int, heat: float = 0.0, seed: int = 0) -> list[float]:
+        """When each token came."""
+        said = self.prompt_of(prompt)
+        # llama-cpp-python's server gives no probabilities without keeping those of the whole context.
+        counted: dict[str, Any] = {} if isinstance(said, str) else {"logprobs": 0}
+        drawn: dict[str, Any] = {"temperature": heat, "top_p": 1.0, "seed": seed}
+        drawn["extra_body"] = {"top_k": 0, "min_p": 0.0}
+        async with AsyncOpenAI(base_url=self.address, api_key="none", max_retries=0, timeout=3600) as client:
+            stream = await client.completions.create(
+                model=self.model, prompt=said, max_tokens=tokens, stream=True, **counted, **drawn
+            )
+            chosen = [(time.perf_counter(), chunk.choices[0]) async for chunk in stream if chunk.choices]
+        return [at for at, choice in chosen if (choice.logprobs is not None if counted else choice.text)]
 
 
 def main() -> int:
@@ -81,16 +129,46 @@ def main() -> int:
 
 
 def measure(options: argparse.Namespace) -> list[Row]:
-    """A row for each number of streams."""
+    """A row for each number of streams, of each server."""
     planted, vocabulary = _planted(options)
     mode = PREDICT if options.kind == PREDICT else EXACT
-    with (
-        serving(planted.store, round(planted.model_bytes * options.memory)) as daemon,
-        served(planted.name, daemon, "--mode", mode, *_kept_flags(options)) as (address, _),
-    ):
-        turns = asyncio.run(_turns(options, address, planted.name, vocabulary))
-        second = asyncio.run(_second_turns(options, address, planted.name, vocabulary)) if options.conversation else []
-    return [{"kind": options.kind} | row_of(count, of_count) for count, of_count in turns.items()] + second
+    dram_bytes = round(planted.model_bytes * options.memory)
+    python = None if options.no_peers or options.kind == PREDICT else llama_python(options.llama_cpp)
+    rows: list[Row] = []
+    with ExitStack() as opened:
+        prefix: Sequence[str] = ()
+        if python is not None:
+            prefix = opened.enter_context(capped_memory(dram_bytes + BESIDE_WEIGHTS_BYTES)).prefix
+        with (
+            serving(planted.store, dram_bytes, program=(*prefix, *WEIGHTD)) as daemon,
+            served(planted.name, daemon, "--mode", mode, *_kept_flags(options), prefix=prefix) as (address, _),
+        ):
+            asked = Asked(address, planted.name, vocabulary)
+            rows += _rows(OURS, options, asked)
+            second = asyncio.run(_second_turns(options, asked)) if options.conversation else []
+        if python is not None:
+            gguf = _gguf(options, planted)
+            make_cold(gguf.parent)
+            opened.enter_context(readahead(gguf, READAHEAD_KIB))
+            address = opened.enter_context(llama_served(python, gguf, torch.get_num_threads(), prefix))
+            rows += _rows(LLAMA, options, Asked(address, str(gguf), vocabulary, prompt_of))
+    return rows + second
+
+
+def _rows(name: str, options: argparse.Namespace, asked: Asked) -> list[Row]:
+    turns = asyncio.run(_turns(options, asked))
+    return [{"row": name, "kind": options.kind} | row_of(count, of_count) for count, of_count in turns.items()]
+
+
+def _gguf(options: argparse.Namespace, planted: PlantedStore) -> Path:
+    """The same weights for llama.cpp. Makes the file if it is missing."""
+    if isinstance(planted, MixtureFiles):
+        planted.converted()
+        return planted.gguf
+    path = planted.checkpoint.with_name(f"gguf-{planted.name}") / f"{planted.name}.gguf"
+    if not path.exists():
+        write_dense_gguf(cut(options.shape, options.layers)[0], planted.checkpoint, path)
+    return path
 
 
 def _kept_flags(options: argparse.Namespace) -> list[str]:
@@ -122,35 +200,32 @@ def _planted(options: argparse.Namespace) -> tuple[PlantedStore, int]:
     return planted_store(options.shape, folder, options.layers), shape.vocabulary
 
 
-async def _turns(options: argparse.Namespace, address: str, name: str, vocabulary: int) -> dict[int, list[Turn]]:
+async def _turns(options: argparse.Namespace, asked: Asked) -> dict[int, list[Turn]]:
     turns: dict[int, list[Turn]] = {count: [] for count in options.at_once}
-    async with AsyncOpenAI(base_url=address, api_key="none", max_retries=0, timeout=3600) as client:
-        heat = 0.0 if options.kind == EXACT else AT_RANDOM
-        await _stream(client, name, random_ids(vocabulary, options.prompt_tokens, SEED), 2)  # fills the pool
-        for number in range(options.rounds):
-            for count in options.at_once if number % 2 == 0 else reversed(options.at_once):
-                prompts = [random_ids(vocabulary, options.prompt_tokens, SEED + 1 + index) for index in range(count)]
-                turn = Turn(time.perf_counter())
-                turn.times = await asyncio.gather(
-                    *(_stream(client, name, prompt, options.tokens, heat, seed) for seed, prompt in enumerate(prompts))
-                )
-                turns[count].append(turn)
+    heat = 0.0 if options.kind == EXACT else AT_RANDOM
+    await asked.times(asked.prompt(options.prompt_tokens, SEED), 2)  # fills the pool
+    for number in range(options.rounds):
+        for count in options.at_once if number % 2 == 0 else reversed(options.at_once):
+            prompts = [asked.prompt(options.prompt_tokens, SEED + 1 + index) for index in range(count)]
+            turn = Turn(time.perf_counter())
+            turn.times = await asyncio.gather(
+                *(asked.times(prompt, options.tokens, heat, seed) for seed, prompt in enumerate(prompts))
+            )
+            turns[count].append(turn)
     return turns
 
 
-async def _second_turns(options: argparse.Namespace, address: str, name: str, vocabulary: int) -> list[Row]:
+async def _second_turns(options: argparse.Namespace, asked: Asked) -> list[Row]:
     """When the first token of a conversation's second turn comes: kept, from flash, and with nothing kept."""
     first_s: dict[str, list[float]] = {"kept": [], "new": [], "from flash": []}
-    async with AsyncOpenAI(base_url=address, api_key="none", max_retries=0, timeout=3600) as client:
-        for number in range(options.rounds):
-            seed = SEED + 100 + 3 * number
-            said = random_ids(vocabulary, options.conversation, seed)
-            new = random_ids(vocabulary, TURN_TOKENS, seed + 1)
-            await _stream(client, name, said, 2)
-            other = random_ids(vocabulary, options.conversation, seed + 2)
-            for kind, prompt in (("kept", [*said, *new]), ("new", [*other, *new]), ("from flash", [*said, *new[1:]])):
-                begin = time.perf_counter()
-                first_s[kind].append((await _stream(client, name, prompt, 1))[0] - begin)
+    for number in range(options.rounds):
+        seed = SEED + 100 + 3 * number
+        said, new = asked.prompt(options.conversation, seed), asked.prompt(TURN_TOKENS, seed + 1)
+        await asked.times(said, 2)
+        other = asked.prompt(options.conversation, seed + 2)
+        for kind, prompt in (("kept", [*said, *new]), ("new", [*other, *new]), ("from flash", [*said, *new[1:]])):
+            begin = time.perf_counter()
+            first_s[kind].append((await asked.times(prompt, 1))[0] - begin)
     return [
         {
             "conversation_tokens": options.conversation,
@@ -161,17 +236,6 @@ async def _second_turns(options: argparse.Namespace, address: str, name: str, vo
     ]
 
 
-async def _stream(
-    client: AsyncOpenAI, name: str, prompt: list[int], tokens: int, temperature: float = 0.0, seed: int = 0
-) -> list[float]:
-    """When each token came."""
-    drawn: dict[str, Any] = {"temperature": temperature, "seed": seed, "extra_body": {"top_k": 0}}
-    stream = await client.completions.create(
-        model=name, prompt=prompt, max_tokens=tokens, stream=True, logprobs=0, **drawn
-    )
-    return [time.perf_counter() async for chunk in stream if chunk.choices and chunk.choices[0].logprobs is not None]
-
-
 def row_of(at_once: int, turns: list[Turn]) -> Row:
     """Medians over the turns; percentiles over all tokens."""
     first = [one for turn in turns for one in turn.first_s]
@@ -179,6 +243,7 @@ def row_of(at_once: int, turns: list[Turn]) -> Row:
     return {
         "at_once": at_once,
         "tokens_per_s": median(turn.tokens_per_s for turn in turns),
+        "answered_tokens_per_s": median(turn.answered_tokens_per_s for turn in turns),
         "first_token_s": median(first),
         "between_tokens_ms_p50": median(between) * 1e3,
         "between_tokens_ms_p99": quantiles(between, n=100)[-1] * 1e3,
@@ -186,8 +251,9 @@ def row_of(at_once: int, turns: list[Turn]) -> Row:
 
 
 def targets_of(rows: list[Row]) -> list[Target]:
-    """The gain of several requests over one, and of a prompt that is kept over one that is not."""
-    speeds = {row["at_once"]: row["tokens_per_s"] for row in rows if "at_once" in row}
+    """The gain of several requests over one, and of a prompt that is kept over one that is not; and over the peer."""
+    speeds = {row["at_once"]: row["tokens_per_s"] for row in rows if row.get("row") == OURS}
+    answered = {(row["row"], row["at_once"]): row["answered_tokens_per_s"] for row in rows if "at_once" in row}
     targets = [
         Target(name, row["nothing_kept_first_token_s"] / row[figure], "x", TURN_TARGET, "higher")
         for row in rows
@@ -201,6 +267,10 @@ def targets_of(rows: list[Row]) -> list[Target]:
         gain = speeds[AT_ONCE_TARGET] / speeds[1]
         kind = next(row["kind"] for row in rows if "at_once" in row)
         targets.append(Target("gain_of_8_requests", gain, "x", GAIN_TARGETS[kind], "higher"))
+    for count in speeds:
+        if (peer := answered.get((LLAMA, count))) is not None:
+            faster = answered[OURS, count] / peer
+            targets.append(Target(f"over_llama_cpp_ratio_{count}", faster, "x", OVER_LLAMA_TARGET, "higher"))
     return targets
 
 
@@ -216,6 +286,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=14, help="of a stream")
     parser.add_argument("--conversation", type=int, default=2000, help="tokens of its first turn; 0: without this row")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--no-peers", action="store_true", help="measure weightd only")
+    add_environment_flag(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     families = {EXACT: "llama", PREDICT: "opt"}

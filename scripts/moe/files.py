@@ -141,6 +141,7 @@ def _write_quantised(path: Path, mixture: PlantedMixture) -> None:
     """Writes the layers one by one, as they are made."""
     shape = mixture.shape
     writer = new_writer(path, shape.architecture, _keys(shape))
+    writer.add_tokenizer_model("none")
     outside, layers = mixture.outside(), mixture.layers()
     first = next(layers)  # all layers have the same shapes
     parts = {name: [outside[source]] for name, source in OUTSIDE.items()}

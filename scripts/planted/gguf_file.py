@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFWriter
+from gguf import GGUFWriter, TokenType
 from numpy.typing import NDArray
 from safetensors import safe_open
 from tqdm import tqdm
 
 from planted.q4_k import KIND, Matrix, Q4KMatrix
 
+BYTES_FROM = 3  # the ids of "<unk>", "<s>" and "</s>" come before those of bytes
+TEXTS_FROM = BYTES_FROM + 256
+FIRST_TEXT = 0x20000  # code points of a plane that has letters only
 OUTSIDE = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -41,13 +44,14 @@ def write_gguf(
     """Writes the tensors one by one, so no more than one is in memory.
 
     Args:
-        keys: of the header, without the architecture.
+        keys: of the header, without the architecture; vocab_size is one of them.
         tensors: for each tensor of the file those of the checkpoint that it holds, one after the other. Experts have a
             dimension of their own.
         paired_heads: the heads of queries and keys, if llama.cpp rotates neighbouring rows of this architecture, where
             transformers rotates a row of the first half with one of the second. Else 0.
     """
     writer = new_writer(path, architecture, keys)
+    _add_vocabulary(writer, int(keys["vocab_size"]))
     writer.add_file_type(1)  # mostly F16
     read = _Tensors(checkpoint)
     for name, sources in tensors.items():
@@ -65,13 +69,31 @@ def write_gguf(
 
 
 def new_writer(path: Path, architecture: str, keys: Mapping[str, int | float]) -> GGUFWriter:
-    """A file without a vocabulary. keys: of the header, without the architecture."""
+    """A file whose vocabulary is still to be added. keys: of the header, without the architecture."""
     writer = GGUFWriter(path, architecture)
     for key, value in keys.items():
         add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
         add(f"{architecture}.{key}", value)  # type: ignore[arg-type]
-    writer.add_tokenizer_model("none")
     return writer
+
+
+def text_of(token: int) -> str:
+    """The text of a token that stands for neither a byte nor an end: one character, so that texts have one reading."""
+    return chr(FIRST_TEXT + token)
+
+
+def _add_vocabulary(writer: GGUFWriter, tokens: int) -> None:
+    """One of SentencePiece, as Llama has. Servers need it, which take texts and stream them."""
+    special = [("<unk>", TokenType.UNKNOWN), ("<s>", TokenType.CONTROL), ("</s>", TokenType.CONTROL)]
+    of_bytes = [(f"<0x{byte:02X}>", TokenType.BYTE) for byte in range(TEXTS_FROM - BYTES_FROM)]
+    texts = [(text_of(token), TokenType.NORMAL) for token in range(TEXTS_FROM, tokens)]
+    named = [*special, *of_bytes, *texts][:tokens]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([text for text, _ in named])
+    writer.add_token_types([kind for _, kind in named])
+    writer.add_token_scores([0.0] * len(named))
+    writer.add_add_bos_token(False)
+    writer.add_add_space_prefix(False)
 
 
 def write_front(writer: GGUFWriter) -> None:

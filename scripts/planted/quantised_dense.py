@@ -100,6 +100,7 @@ def quantised_store(name: str, folder: Path) -> PlantedStore:
 def write_quantised(shape: QuantisedDense, path: Path) -> None:
     """Writes the file. One matrix is in memory at a time."""
     writer = new_writer(path, "llama", shape.keys)
+    writer.add_tokenizer_model("none")
     noise = Q4KNoise(SEED)
     for name, size in _sizes(shape):
         name_tensor(writer, name, _like(size))
