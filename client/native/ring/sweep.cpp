@@ -22,14 +22,15 @@ void Sweep::forget() {
     in_use_ = 0;
     next_ = ahead_ = {};
     layer_ended_ = false;
-    chunk_cells_ = chunks_max_ = 0;
+    chunk_cells_ = 0;
+    depth_.begin(0);
 }
 
 // At least two chunks, one in use and one on its way; as large as one read where the share of the session allows it.
 void Sweep::choose_chunks() {
     const uint32_t quarter = std::max(1U, session_.share_slots() / 4);
     chunk_cells_ = std::clamp(CHUNK_BYTES / layout_.cell_bytes, 1U, quarter);
-    chunks_max_ = std::max(1U, std::min(session_.share_slots(), ring::GRANTS) / chunk_cells_);
+    depth_.begin(std::max(1U, std::min(session_.share_slots(), ring::GRANTS) / chunk_cells_));
 }
 
 Sweep::~Sweep() {
@@ -60,30 +61,38 @@ const Sweep::Bundles* Sweep::next(uint32_t layer) {
     if (layer >= layout_.bundles.size()) throw std::out_of_range("there is no such layer");
     if (chunk_cells_ == 0) choose_chunks();
     const uint32_t limit = session_.lease_limit();
-    const uint32_t streamed = cells_ <= limit ? 0 : chunks_max_ * chunk_cells_;  // what is not kept must have its place
+    if (layer_ended_ && next_.layer == 0 && refused_at_ == UINT32_MAX) depth_.turn_ends(layout_.bundles.size());
+    depth_.at_most(std::min(limit / AHEAD_PART, ring::GRANTS) / chunk_cells_);
+    // What is not kept must have its place.
+    const uint32_t streamed = cells_ <= limit ? 0 : depth_.chunks() * chunk_cells_;
     keep_max_ = std::min({cells_, limit - std::min(limit, streamed), refused_at_ - 1});
     finish_chunks_in_use();
     if (layer_ended_) {
         layer_ended_ = false;
+        depth_.layer_ends();
+        if (kept_cells_ > keep_max_) keep_at_most(keep_max_);
         refill();
         return nullptr;
     }
     if (next_.layer != layer) {
         give_back_streamed();
         next_ = ahead_ = {layer, 0};
+        depth_.layer_ends();
     }
     if (kept_cells_ > keep_max_) keep_at_most(keep_max_);
     given_.first_position = next_.cell * layout_.bundles_per_cell;
     given_.addresses.clear();
-    if (chunks_.empty() || 2 * used_.size() >= chunks_max_) refill();
+    if (chunks_.empty() || 2 * used_.size() >= depth_.chunks()) refill();
     if (kept_at(next_) != kept_.end()) {
         give_out_kept();
         return &given_;
     }
     take_answers(false);
+    depth_.wants(std::all_of(chunks_.begin(), chunks_.end(), [](const auto& chunk) { return chunk.unanswered == 0; }));
     if (chunks_.front().unanswered > 0) wait_for_first();
-    if (chunks_.front().refused) {  // its own share is guaranteed: what is kept above it took the place
+    if (chunks_.front().refused) {  // its own share is guaranteed: what is kept or ahead above it took the place
         refused_at_ = std::max(1U, kept_cells_ / 2);
+        depth_.at_most(0);
         keep_at_most(0);
         wait_for_first();
     }
@@ -110,6 +119,7 @@ void Sweep::keep_at_most(uint32_t cells) {
 }
 
 void Sweep::wait_for_first() {
+    depth_.waits();
     refill();
     while (chunks_.front().unanswered > 0) take_answers(true);
 }
@@ -127,7 +137,7 @@ void Sweep::give_out_kept() {
 }
 
 void Sweep::give_out_streamed() {
-    const uint32_t most = std::max(1U, chunks_max_ / 2);
+    const uint32_t most = std::max(1U, depth_.chunks() / 2);
     while (in_use_ < std::min<size_t>(most, chunks_.size()) && !layer_ended_) {
         const Chunk& chunk = chunks_[in_use_];
         if (chunk.at.layer != next_.layer || chunk.at.cell != next_.cell || chunk.unanswered > 0) break;
@@ -148,7 +158,7 @@ void Sweep::refill() {
 
 void Sweep::look_ahead() {
     uint32_t leased = kept_cells_ + streamed_cells();
-    while (used_.size() + chunks_.size() < chunks_max_ && leased < cells_) {
+    while (used_.size() + chunks_.size() < depth_.chunks() && leased < cells_) {
         while (kept_at(ahead_) != kept_.end()) ahead_ = after(ahead_);
         ask(ahead_);
         leased += chunks_.back().cell_count;

@@ -10,6 +10,8 @@
 // whole in the pool of one client then costs none at all. Each layer keeps its first chunks, and all layers the same
 // part, so that others are read while those are computed.
 //
+// What is ahead beyond the share (ahead_depth.h) takes its place from what is kept.
+//
 // Invariants: chunks_ are, in order, the chunks after those given out that are not kept. No chunk is leased twice.
 #pragma once
 
@@ -19,11 +21,13 @@
 #include <utility>
 #include <vector>
 
+#include "ring/ahead_depth.h"
 #include "ring/session.h"
 
 namespace flashclient {
 
 inline constexpr uint32_t CHUNK_BYTES = 1U << 20;  // one read of the daemon; larger chunks gain nothing
+inline constexpr uint32_t AHEAD_PART = 8;          // an eighth of what may be leased may be ahead
 
 struct Layout {
     uint32_t bundles_per_cell;
@@ -95,7 +99,7 @@ class Sweep {
     Layout layout_;
     uint32_t cells_ = 0;       // of the model
     uint32_t chunk_cells_;     // 0: to be chosen
-    uint32_t chunks_max_;      // that are streamed: used, in use or on their way
+    AheadDepth depth_;         // chunks that are streamed: used, in use or on their way
     uint32_t keep_max_ = 0;    // cells of all layers, by the limit
     uint32_t refused_at_ = 0;  // cells: when so many were kept, weightd refused to lend more
     Kept kept_;

@@ -79,6 +79,33 @@ TEST_F(SweepTest, WhatASweepKeepsIsAtMostTheLimitAndGoesBackWhenItFalls) {
     wait_until([&] { return held() > beside; });
 }
 
+TEST_F(SweepTest, LooksFurtherAheadWhileTheDeviceRestsBetweenLayers) {
+    FlashModel model(2, 1984);
+    const auto engine = serve(model, 600);
+    const auto session = attach(*engine, 16);
+    Sweep sweep(*session, layout(model));
+    const auto given_at_once = [&](uint32_t layer) {  // of the chunks that are streamed, when all of them have arrived
+        wait_until([&] {
+            const weightd::ReadQueue queue = engine->report().read_queue;
+            return queue.in_flight + queue.waiting == 0;
+        });
+        engine->report();  // the loop has answered by then
+        uint32_t most = 0, first = 0;
+        while (const Sweep::Bundles* chunk = sweep.next(layer)) {
+            const auto cells = static_cast<uint32_t>(chunk->addresses.size()) / model.spec.bundles_per_cell;
+            if (first++ > 0) most = std::max(most, cells);  // the first are kept
+        }
+        return most;
+    };
+    EXPECT_LE(given_at_once(0), 8U) << "half of the share";
+    wait_until([&] {
+        given_at_once(1);
+        return given_at_once(0) > 8U;
+    });
+    expect_sweep(model, sweep, 2);
+    EXPECT_LE(engine->report().attached[0].leased_cells, session->lease_limit());
+}
+
 TEST_F(SweepTest, ALayerThatWasLeftBeginsAtItsStart) {
     FlashModel model(2, 301);
     for (const uint32_t slots : {8U, 400U}) {
