@@ -39,7 +39,10 @@ class Task:
 
 
 class Picks:
-    """Compares the experts that the model's routers choose with the plan."""
+    """Compares the experts that the model's routers choose with the plan.
+
+    It has hooks, with which layers are not native. So nothing is measured while it exists.
+    """
 
     def __init__(self, model: nn.Module, choices: list[list[list[int]]]) -> None:
         self._choices = choices
@@ -48,10 +51,6 @@ class Picks:
         for module in model.modules():
             if isinstance(module, StreamedExperts):
                 module.register_forward_pre_hook(self._count)
-
-    def restart(self) -> None:
-        self._position = [0] * len(self._choices)
-        self.as_planned = self.chosen = 0
 
     def _count(self, module: Any, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
         layer = module.streamed.layer
@@ -62,17 +61,19 @@ class Picks:
 
 
 def run(task: Task) -> dict[str, Any]:
-    """The cost of every token. The first is the prompt's. `greedy`: the tokens that the model would have chosen."""
+    """The cost of every token. The first is the prompt's. `greedy`: the tokens that the model would have chosen.
+
+    A last prompt of all tokens shows whether their experts are as planned: they depend on no other rows.
+    """
     plan = json.loads(Path(task.plan).read_text())
     ids = plan["ids"]
     probed = paper.client.Task(task.address, task.model, task.daemon_pid, task.prompt_tokens, task.new_tokens, 0)
     with flashclient.FlashClient(task.model, address=task.address, timeout_s=paper.client.TIMEOUT_S) as client:
-        picks = Picks(client.model, plan["choices"])
         if not task.looks_ahead:
             LookAhead.guess = lambda *_: None  # type: ignore[method-assign]
+            LookAhead.router_after = lambda *_: None  # type: ignore[method-assign]
         if task.fills:
             client.generate(torch.tensor([ids]), max_new_tokens=1, do_sample=False)
-            picks.restart()
         probe = Probe(probed, client, AgainFromFlash(None))
         forced = Greedy(ids[task.prompt_tokens : task.prompt_tokens + task.new_tokens], probe.between)
         forced.start()
@@ -80,6 +81,8 @@ def run(task: Task) -> dict[str, Any]:
         client.generate(prompt, max_new_tokens=task.new_tokens, do_sample=False, logits_processor=[forced])
         told: dict[str, Any] = {"stats": client.stats().as_dict(), "memory": memory_of(task.daemon_pid)}
         probe.close()
+        picks = Picks(client.model, plan["choices"])
+        client.generate(torch.tensor([ids[: task.prompt_tokens + task.new_tokens]]), max_new_tokens=1, do_sample=False)
     told["tokens"] = [cost | {"seconds": seconds} for cost, seconds in zip(probe.costs, forced.seconds, strict=True)]
     return told | {"greedy": forced.greedy, "as_planned": picks.as_planned / picks.chosen}
 
