@@ -34,7 +34,8 @@ enum Op : uint32_t {
     ACQUIRE = 1,  // lease the cells; each gets one Grant
     RELEASE = 2,  // give back one lease of each cell; only granted leases may be given back
     // A hint: the cells may be wanted in the session's next step. They are read while the device has little else to do,
-    // if there is room; they get no lease and no Grant. The hint ends when the step begins.
+    // if there is room; they get no lease and no Grant. The hint ends when the step begins, or when the session gives
+    // one with another tag.
     PREFETCH = 3,
 };
 
@@ -48,7 +49,7 @@ struct Request {
     uint32_t form;
     uint32_t layer;
     uint32_t word_count;
-    uint32_t tag;            // repeated in the grants
+    uint32_t tag;            // repeated in the grants; PREFETCH: requests with the same one are one hint
     uint32_t release_count;  // ACQUIRE in form CELLS: so many of its last words are cells to give back first
     uint32_t reserved[2];
 };

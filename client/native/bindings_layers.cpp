@@ -211,8 +211,12 @@ class LayerCalls {
     static Times computed(const LayerCall& one) {
         StepTimes times;
         const auto ffn = [&](const float* input, size_t rows, float* y) { times = one.ffn->run(input, rows, y); };
+        AttentionBlocks::Expected expected;
+        if (one.ffn->expects(one.blocks->dtype())) {
+            expected = [&](const void* input, size_t rows) { one.ffn->expect(input, rows); };
+        }
         one.blocks->layer(one.call.block, one.x.data(), one.x.shape(0), one.x.shape(1), one.call.rotation,
-                          one.call.room, one.call.mask, ffn, one.after_ffn, one.out.data());
+                          one.call.room, one.call.mask, expected, ffn, one.after_ffn, one.out.data());
         return {times.predict_s, times.acquire_s, times.compute_s, times.wait_s};
     }
 

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "experts/expert_step.h"
@@ -135,6 +136,20 @@ class MixtureLayer : public LayerFfn {
         next_ = router;
     }
 
+    // Whether its router guesses before the layer's attention.
+    void guess_early(bool guesses) { guesses_early_ = guesses; }
+
+    bool expects(Dtype dtype) const override {
+        return guesses_early_ && router_ != nullptr && routers_->dtype() == dtype && step_.asks();
+    }
+
+    void expect(const void* x, size_t tokens) override {
+        const auto use = step_.walk().use();
+        StepTimer timer;
+        step_.expect(guess_by(*router_, layer(), x, tokens), tokens);
+        timer.lap(expect_s_);
+    }
+
   protected:
     StepTimes sum(const float* x, size_t tokens, float* y) override {
         const auto use = step_.walk().use();
@@ -151,7 +166,7 @@ class MixtureLayer : public LayerFfn {
         rows.picks = router.picks;
         timer.lap(timer.times.predict_s);
         StepTimes times = step_.run(layer(), rows, y, next_ == nullptr ? GuessNext{} : guess_of(narrow, tokens));
-        times.predict_s += timer.times.predict_s;
+        times.predict_s += timer.times.predict_s + std::exchange(expect_s_, 0);
         return times;
     }
 
@@ -185,18 +200,18 @@ class MixtureLayer : public LayerFfn {
     }
 
     GuessNext guess_of(const void* x, size_t rows) const {
-        return [this, x, rows]() -> Guess {
-            const Router router = next_->checked(routers_->dtype());
-            Picks picks;
-            pick(router, x, rows, picks);
-            Guess guess{next_layer_, {}};
-            for (size_t rank = 0; rank < router.picks; rank++) {
-                for (size_t row = 0; row < rows; row++) {
-                    guess.experts.push_back(picks.experts[row * router.picks + rank]);
-                }
-            }
-            return guess;
-        };
+        return [this, x, rows]() -> Guess { return guess_by(*next_, next_layer_, x, rows); };
+    }
+
+    Guess guess_by(const LentRouter& lent, uint32_t layer, const void* x, size_t rows) const {
+        const Router router = lent.checked(routers_->dtype());
+        Picks picks;
+        pick(router, x, rows, picks);
+        Guess guess{layer, {}};
+        for (size_t rank = 0; rank < router.picks; rank++) {
+            for (size_t row = 0; row < rows; row++) guess.experts.push_back(picks.experts[row * router.picks + rank]);
+        }
+        return guess;
     }
 
     ExpertStep& step_;
@@ -205,6 +220,8 @@ class MixtureLayer : public LayerFfn {
     const LentRouter* router_;
     uint32_t next_layer_ = 0;
     const LentRouter* next_ = nullptr;
+    bool guesses_early_ = false;
+    double expect_s_ = 0;  // of the last expect(), until it is told
     std::vector<char> x_;
 };
 
@@ -218,7 +235,9 @@ void bind_mixture(nb::module_& module) {
              "biases [1, or 2 with a gate; neurons]: of [gate and] up, by position. output_bias [hidden], of the sum. "
              "expert_biases [experts, hidden], of each expert's output. Without router: an FFN that is no mixture.")
         .def("guess", &MixtureLayer::guess, "layer"_a, "router"_a.none(), nb::keep_alive<1, 3>(),
-             "The next calls guess what `layer` will pick, with its router, so that weightd may read it early.");
+             "The next calls guess what `layer` will pick, with its router, so that weightd may read it early.")
+        .def("guess_early", &MixtureLayer::guess_early, "guesses"_a,
+             "Whether native layers guess what their own router will pick, before their attention.");
 }
 
 }  // namespace

@@ -32,6 +32,11 @@ class LayerFfn {
 
     size_t hidden() const { return hidden_; }
 
+    // Whether it can use an input in `dtype` that is nearly complete, before the layer's attention has added to it.
+    virtual bool expects(Dtype /*dtype*/) const { return false; }
+    // The next run() will be of an input like x [tokens, hidden]. Called as run() is.
+    virtual void expect(const void* /*x*/, size_t /*tokens*/) {}
+
     // y = the FFN of x, both [tokens, hidden]. One thread at a time. Called without the GIL.
     StepTimes run(const float* x, size_t tokens, float* y) {
         const StepTimes times = sum(x, tokens, y);

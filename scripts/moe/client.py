@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import flashclient  # before torch, so that torch's idle threads do not spin
-from flashclient.model.experts.look_ahead import LookAhead
+from flashclient.model.experts.look_ahead import Trust
 from flashclient.model.streamed_experts import StreamedExperts
 
 # isort: split
@@ -70,8 +70,7 @@ def run(task: Task) -> dict[str, Any]:
     probed = paper.client.Task(task.address, task.model, task.daemon_pid, task.prompt_tokens, task.new_tokens, 0)
     with flashclient.FlashClient(task.model, address=task.address, timeout_s=paper.client.TIMEOUT_S) as client:
         if not task.looks_ahead:
-            LookAhead.guess = lambda *_: None  # type: ignore[method-assign]
-            LookAhead.router_after = lambda *_: None  # type: ignore[method-assign]
+            Trust.pays = lambda *_: False  # type: ignore[method-assign]
         if task.fills:
             client.generate(torch.tensor([ids]), max_new_tokens=1, do_sample=False)
         probe = Probe(probed, client, AgainFromFlash(None))

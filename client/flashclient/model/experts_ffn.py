@@ -29,6 +29,7 @@ class _HeldMixture:
     router: Router
     native: MixtureLayer
     guessed: tuple[int, Router] | None = None  # what it guesses next
+    early: bool = False  # whether it guesses before its own attention
 
 
 class ExpertsFFN:
@@ -122,6 +123,9 @@ class ExpertsFFN:
         if guessed != held.guessed:
             held.native.guess(*(guessed or (0, None)))
             held.guessed = guessed
+        if (early := self.look_ahead.guesses_early(rows)) != held.early:
+            held.native.guess_early(early)
+            held.early = early
         return held.native
 
     def idle(self) -> None:

@@ -24,6 +24,7 @@ ExpertStep::ExpertStep(const Ffn& ffn, CellWalk& walk, std::vector<ExpertLayer> 
             throw std::invalid_argument("the FFNs of layers differ in more than their encodings");
         }
     }
+    for (Guesses* guesses : {&a_layer_before_, &nearly_complete_}) guesses->precision.resize(layers_.size());
 }
 
 StepTimes ExpertStep::run(uint32_t index, const PickedRows& rows, float* y, const GuessNext& guess) {
@@ -34,10 +35,12 @@ StepTimes ExpertStep::run(uint32_t index, const PickedRows& rows, float* y, cons
     neurons_ = layer.neurons / layer.experts;
     cells_ = cells_of(layer);
     rows.experts == nullptr ? pick_all(layer, rows) : sort_picks(layer, rows);
+    for (Guesses* guesses : {&a_layer_before_, &nearly_complete_}) judge(index, *guesses);
     if (experts_.empty()) return timer.times;
     const bool few = picks_.size() <= TOKENS_MAX * std::max<size_t>(1, rows.picks);
     walk_.begin(index, cells_of_experts(), few);
-    if (guess && walk_.is_asked()) look_ahead(guess());
+    asks_ = walk_.is_asked();
+    if (guess && asks_) look_ahead(guess(), rows.tokens, a_layer_before_);
     bool reads_on = picks_nearly_all(layer);
     timer.lap(timer.times.acquire_s);
     while (true) {
@@ -104,17 +107,32 @@ size_t ExpertStep::cells_of(const ExpertLayer& layer) const {
     return divide_up(layer.neurons / layer.experts, walk_.cell().bundles * ffn_.shape().neurons);
 }
 
-void ExpertStep::look_ahead(const Guess& guess) {
+void ExpertStep::expect(const Guess& guess, size_t rows) { look_ahead(guess, rows, nearly_complete_); }
+
+void ExpertStep::look_ahead(const Guess& guess, size_t rows, Guesses& guesses) {
     if (guess.experts.empty()) return;
     const ExpertLayer& layer = layers_.at(guess.layer);
     const auto cells = static_cast<uint32_t>(cells_of(layer));
+    const size_t trusted = rows * guesses.precision[guess.layer].trusted(guess.experts.size() / rows);
     std::vector<CellRange> ranges;
-    for (const int64_t expert : guess.experts) {
+    for (const int64_t expert : std::span(guess.experts).first(trusted)) {
         if (expert < 0 || expert >= int64_t{layer.experts}) continue;
         const uint32_t first = static_cast<uint32_t>(expert) * cells;
         ranges.emplace_back(first, first + cells);
     }
     walk_.prefetch(guess.layer, ranges);
+    guesses.last = guess;
+    guesses.rows = rows;
+}
+
+// Compares the last guess with what the layer's rows have picked.
+void ExpertStep::judge(uint32_t layer, Guesses& guesses) {
+    if (guesses.last.layer != layer) return;
+    const std::vector<int64_t> guessed = std::exchange(guesses.last.experts, {});
+    for (size_t i = 0; i < guessed.size(); i++) {
+        const auto is_it = [&](const Expert& expert) { return expert.number == guessed[i]; };
+        guesses.precision[layer].note(i / guesses.rows, std::ranges::any_of(experts_, is_it));
+    }
 }
 
 // Whether the next mixture may be read before its router has picked.

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "experts/cell_walk.h"
+#include "experts/rank_precision.h"
 #include "ffn/ffn.h"
 #include "predict/step_times.h"
 
@@ -37,10 +38,11 @@ struct PickedRows {
     const float* output_bias;  // [experts, hidden], of each expert's output
 };
 
-// What the next step may pick. It is read while this step computes, if the device has nothing else to do.
+// What the next step may pick. It is read while the device has little else to do, as far as such guesses are right.
 struct Guess {
     uint32_t layer = 0;
-    std::vector<int64_t> experts;  // the likeliest first; what is outside of the layer's experts is left out
+    // [picks, rows], the likeliest first; what is outside of the layer's experts is left out.
+    std::vector<int64_t> experts;
 };
 using GuessNext = std::function<Guess()>;  // empty: nothing is guessed
 
@@ -54,6 +56,11 @@ class ExpertStep {
     // they are held already, because then the next ones mostly are, too. Throws what `guess` and the walk's source
     // throw; y holds no result then.
     StepTimes run(uint32_t layer, const PickedRows& rows, float* y, const GuessNext& guess = {});
+    // What the next run() may pick, guessed from an input that is nearly complete. It takes the place of what was
+    // guessed a layer before. Held as run() is.
+    void expect(const Guess& guess, size_t rows);
+    // Whether the last layer had to ask for experts. If not, the next one mostly needs not, either.
+    bool asks() const { return asks_; }
 
     const ExpertLayer& layer(uint32_t index) const { return layers_.at(index); }
     const Ffn& ffn() const { return ffn_; }  // whose hidden size and number of parts are those of all layers
@@ -78,10 +85,18 @@ class ExpertStep {
         size_t cells;
     };
 
+    // The last guess of one kind, and how good those of each layer were.
+    struct Guesses {
+        Guess last;
+        size_t rows = 0;
+        std::vector<RankPrecision> precision;
+    };
+
     void pick_all(const ExpertLayer& layer, const PickedRows& rows);
     void sort_picks(const ExpertLayer& layer, const PickedRows& rows);
     std::vector<uint32_t> cells_of_experts();
-    void look_ahead(const Guess& guess);
+    void look_ahead(const Guess& guess, size_t rows, Guesses& guesses);
+    void judge(uint32_t layer, Guesses& guesses);
     bool picks_nearly_all(const ExpertLayer& layer) const;
     void read_on(uint32_t index);
     size_t cells_of(const ExpertLayer& layer) const;  // of one expert
@@ -98,6 +113,8 @@ class ExpertStep {
     const Ffn& ffn_;
     CellWalk& walk_;
     std::vector<ExpertLayer> layers_;
+    Guesses a_layer_before_, nearly_complete_;  // by what they were made of
+    bool asks_ = false;
     // Of the step, kept from call to call because allocating takes long.
     const Ffn* of_layer_ = nullptr;
     size_t neurons_ = 0;           // of an expert

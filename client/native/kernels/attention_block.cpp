@@ -129,7 +129,8 @@ void AttentionBlocks::finish(const float* y, const std::optional<Norm>& norm, co
 
 void AttentionBlocks::layer(const AttentionBlock& block, const void* x, size_t sequences, size_t tokens,
                             const Rotation& rotation, const KeyValueRoom& room, const AttentionMask& mask,
-                            const FfnOfRows& ffn, const std::optional<Norm>& after_ffn, void* out) const {
+                            const Expected& expected, const FfnOfRows& ffn, const std::optional<Norm>& after_ffn,
+                            void* out) const {
     static thread_local std::vector<float> input, y;
     const size_t rows = sequences * tokens;
     const size_t hidden = block.output.weight.rows;
@@ -138,9 +139,18 @@ void AttentionBlocks::layer(const AttentionBlock& block, const void* x, size_t s
         const bool is_large = one->size() * sizeof(float) > KEPT_MAX;
         if (one->size() < count || is_large) *one = std::vector<float>(count);
     }
+    if (expected) expect(block, x, rows, expected);
     compute(block, x, sequences, tokens, rotation, room, mask, out, input.data(), dtype_ != Dtype::f32);
     ffn(input.data(), rows, y.data());
     finish(y.data(), after_ffn, out, rows, hidden, out);
+}
+
+void AttentionBlocks::expect(const AttentionBlock& block, const void* x, size_t rows, const Expected& expected) const {
+    if (!block.before_ffn) return expected(x, rows);
+    std::vector<char>& normed = scratch_of_thread().normed;
+    normed.resize(rows * block.output.weight.rows * bytes_of(dtype_));
+    norms_.apply(*block.before_ffn, x, rows, normed.data());
+    expected(normed.data(), rows);
 }
 
 void AttentionBlocks::add(const void* x, const void* y, size_t count, void* sum) const {

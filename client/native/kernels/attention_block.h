@@ -56,10 +56,14 @@ class AttentionBlocks {
     // y = the FFN of x, both [rows, hidden] fp32.
     using FfnOfRows = std::function<void(const float* x, size_t rows, float* y)>;
 
-    // out = the whole layer: compute(), `ffn`, and finish() with `after_ffn`. out: [sequences, tokens, hidden]. What
-    // `ffn` throws comes out; the cache's room then holds the new tokens already, as it does after another attempt.
+    // Is called with what the FFN would take if attention added nothing, [rows, hidden] of dtype().
+    using Expected = std::function<void(const void* x, size_t rows)>;
+
+    // out = the whole layer: `expected` if there is one, compute(), `ffn`, and finish() with `after_ffn`. out:
+    // [sequences, tokens, hidden]. What the functions throw comes out; the cache's room may hold the new tokens then,
+    // as it does after another attempt.
     void layer(const AttentionBlock& block, const void* x, size_t sequences, size_t tokens, const Rotation& rotation,
-               const KeyValueRoom& room, const AttentionMask& mask, const FfnOfRows& ffn,
+               const KeyValueRoom& room, const AttentionMask& mask, const Expected& expected, const FfnOfRows& ffn,
                const std::optional<Norm>& after_ffn, void* out) const;
 
     Dtype dtype() const { return dtype_; }
@@ -72,6 +76,7 @@ class AttentionBlocks {
     void encode(const HeadRows& rows, const HeadRows& held, const KeyValueRoom& room, size_t sequences, size_t heads,
                 size_t tokens, size_t elements) const;
     void add(const void* x, const void* y, size_t count, void* sum) const;
+    void expect(const AttentionBlock& block, const void* x, size_t rows, const Expected& expected) const;
 
     Workers& workers_;
     Dtype dtype_;

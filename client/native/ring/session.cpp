@@ -341,7 +341,7 @@ void Session::release(uint32_t layer, ring::Form form, std::span<const uint32_t>
 }
 
 void Session::prefetch(uint32_t layer, std::span<const uint32_t> ranges) {
-    post(ring::PREFETCH, layer, ring::RANGES, ranges, 0);
+    post(ring::PREFETCH, layer, ring::RANGES, ranges, ++hints_);
 }
 
 void Session::post(ring::Op op, uint32_t layer, ring::Form form, std::span<const uint32_t> words, uint32_t tag) {

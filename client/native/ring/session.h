@@ -82,7 +82,7 @@ class Session {
     // Each posts one or more requests. For `words` see ring::Form.
     void acquire(uint32_t layer, ring::Form form, std::span<const uint32_t> words, uint32_t tag);
     void release(uint32_t layer, ring::Form form, std::span<const uint32_t> words);
-    void prefetch(uint32_t layer, std::span<const uint32_t> ranges);
+    void prefetch(uint32_t layer, std::span<const uint32_t> ranges);  // in place of what was hinted before
     // Gives back the cells `release` and acquires the cells `acquire`, in one request of at most WORDS cells.
     void exchange(uint32_t layer, std::span<const uint32_t> acquire, std::span<const uint32_t> release, uint32_t tag);
 
@@ -132,6 +132,7 @@ class Session {
     size_t calibration_bytes_ = 0;
     uint32_t share_slots_ = 0;
     SessionCounters counted_before_;  // by the sessions that this one replaced
+    uint32_t hints_ = 0;              // of prefetch()
     uint32_t request_tail_ = 0;
     uint32_t grant_head_ = 0;
     PoolMemory pool_;

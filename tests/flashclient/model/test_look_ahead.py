@@ -84,6 +84,7 @@ def test_the_next_router_guesses_from_this_layers_input(make: Any) -> None:
         assert experts.tolist() == picks[0].tolist()
     assert ahead.guess(2, inputs[2]) is None, "there is no later mixture"
     assert ahead.guess(0, inputs[0].repeat(ROWS_MAX + 1, 1)) is None, "a prompt picks nearly all"
+    assert [ahead.guesses_early(rows) for rows in (ROWS_MAX, ROWS_MAX + 1)] == [True, False]
     two = ahead.guess(0, inputs[0].repeat(2, 1))
     assert two is not None
     assert two[1].tolist() == [expert for expert in ahead.guess(0, inputs[0])[1].tolist() for _ in range(2)]  # type: ignore[index]
@@ -121,7 +122,9 @@ def test_look_ahead_pauses_where_it_does_not_pay() -> None:
     source.read_ahead(JUDGED_CELLS, JUDGED_CELLS // 2)
     assert trust.pays(True)
     source.read_ahead(JUDGED_CELLS, 0)
+    assert trust.pays(False), "it is judged once for each token"
     assert not trust.pays(True)
+    assert not trust.pays(False)
     assert sum(not trust.pays(True) for _ in range(PAUSE_STEPS)) == PAUSE_STEPS - 1, "it has paid in between"
 
 
@@ -142,6 +145,6 @@ def test_look_ahead_reads_early_and_changes_no_bit(tmp_path: Path) -> None:
         assert stats.prefetched > 0
         with flashclient.FlashClient("olmoe", address=daemon.address) as client:
             modules: list[Any] = [one for one in client.model.modules() if isinstance(one, StreamedExperts)]
-            modules[0].streamed.ffn.look_ahead._next.clear()
+            modules[0].streamed.ffn.look_ahead._trust.pays = lambda *_: False
             assert torch.equal(client.generate(ids, **arguments), looked_ahead)
             assert client.stats().prefetched == 0

@@ -89,7 +89,7 @@ TEST_F(EngineExpertsTest, WhatWasPrefetchedIsThere) {
     start(4);
     CountingSession& session = open(4 * CELLS);
     use(session, 0, {0});
-    ASSERT_TRUE(engine->prefetch(session, 1, cells_of({2, 3})));
+    ASSERT_TRUE(engine->prefetch(session, 1, cells_of({2, 3}), 0));
     settle(*engine);
     EXPECT_EQ(session.held_cells, 0U);
     EXPECT_EQ(session.prefetched, 2U * CELLS);
@@ -104,23 +104,38 @@ TEST_F(EngineExpertsTest, WhatWasPrefetchedIsThere) {
 TEST_F(EngineExpertsTest, AGuessEndsWhenItsStepBegins) {
     start(4);
     CountingSession& session = open(4 * CELLS);
-    ASSERT_TRUE(engine->prefetch(session, 1, cells_of({2})));
+    ASSERT_TRUE(engine->prefetch(session, 1, cells_of({2}), 0));
     use(session, 1, {3});
     EXPECT_EQ(session.prefetched, 0U);
-    ASSERT_TRUE(engine->prefetch(session, 1, cells_of({0})));
-    ASSERT_TRUE(engine->prefetch(session, 0, cells_of({1}))) << "takes the place of the other";
+    ASSERT_TRUE(engine->prefetch(session, 1, cells_of({0}), 0));
+    ASSERT_TRUE(engine->prefetch(session, 0, cells_of({1}), 0)) << "takes the place of the other";
     settle(*engine);
     EXPECT_EQ(session.prefetched, 1U * CELLS);
-    ASSERT_TRUE(engine->prefetch(session, 1, cells_of({1})));
+    ASSERT_TRUE(engine->prefetch(session, 1, cells_of({1}), 0));
     engine->close(session.id);
     settle(*engine);
     EXPECT_EQ(engine->model(0).counts.prefetched, 1U * CELLS);
 }
 
+TEST_F(EngineExpertsTest, AHintTakesThePlaceOfTheOneBefore) {
+    start(8);
+    CountingSession& session = open(8 * CELLS);
+    ASSERT_TRUE(engine->prefetch(session, 1, cells_of({0}), 1));
+    ASSERT_TRUE(engine->prefetch(session, 1, cells_of({1}), 1)) << "a hint may have several requests";
+    settle(*engine);
+    EXPECT_EQ(session.prefetched, 2U * CELLS);
+    ASSERT_TRUE(engine->prefetch(session, 1, cells_of({2}), 2));
+    ASSERT_TRUE(engine->prefetch(session, 1, cells_of({3}), 3));
+    settle(*engine);
+    EXPECT_EQ(session.prefetched, 3U * CELLS);
+    use(session, 1, {3});
+    EXPECT_EQ(session.prefetched_used, 1U * CELLS);
+}
+
 TEST_F(EngineExpertsTest, WhatIsAskedForIsReadBeforeWhatIsGuessed) {
     start(8);
     CountingSession& session = open(8 * CELLS);
-    ASSERT_TRUE(engine->prefetch(session, 1, cells_of({0, 1, 2, 3})));
+    ASSERT_TRUE(engine->prefetch(session, 1, cells_of({0, 1, 2, 3}), 0));
     ASSERT_TRUE(engine->acquire(session, 0, cells_of({0, 1, 2, 3}), 0));
     engine->step();
     EXPECT_LE(session.prefetched, (PREFETCH_READS_MAX - 1) * READ_BYTES_MAX / flash.spec.cell_bytes);
@@ -133,7 +148,7 @@ TEST_F(EngineExpertsTest, NothingEvictsAGuessBeforeItsStep) {
     start(3);
     CountingSession& session = open(3 * CELLS);
     for (int token = 0; token < 20; token++) use(session, 0, {0, 1});
-    ASSERT_TRUE(engine->prefetch(session, 1, cells_of({2})));
+    ASSERT_TRUE(engine->prefetch(session, 1, cells_of({2}), 0));
     settle(*engine);
     use(session, 0, {3});
     const uint64_t misses = session.misses;

@@ -172,15 +172,15 @@ TEST_F(EngineMemoryTest, WhatDrainsForAnActivationIsKeptForIt) {
     ASSERT_FALSE(engine.models().activate(1)) << "what it needs is leased";
     for (const uint32_t cell : held) {
         EXPECT_TRUE(engine.release(busy, 0, std::array{cell}));
-        engine.step();                                         // the segment retires if this was its last lease
-        EXPECT_TRUE(engine.prefetch(busy, 0, cells(0, 200)));  // a busy model takes what is free
+        engine.step();                                            // the segment retires if this was its last lease
+        EXPECT_TRUE(engine.prefetch(busy, 0, cells(0, 200), 0));  // a busy model takes what is free
         settle(engine);
     }
     bool active = false;
     for (uint32_t turn = 0; turn < 100 && !active; turn++) {
         active = engine.models().activate(1);
         engine.step();
-        EXPECT_TRUE(engine.prefetch(busy, 0, cells(0, 200)));
+        EXPECT_TRUE(engine.prefetch(busy, 0, cells(0, 200), 0));
         settle(engine);
     }
     EXPECT_TRUE(active);

@@ -452,14 +452,14 @@ TEST_P(EngineTest, RefusesACellOrLayerThatDoesNotExist) {
     EXPECT_FALSE(engine.acquire(session, 0, std::array{100U}, 1));
     EXPECT_FALSE(engine.acquire(session, 1, std::array{0U}, 1));
     EXPECT_FALSE(engine.release(session, 0, std::array{0U}));
-    EXPECT_FALSE(engine.prefetch(session, 7, std::array{0U}));
+    EXPECT_FALSE(engine.prefetch(session, 7, std::array{0U}, 0));
 }
 
 TEST_P(EngineTest, PrefetchesWithoutLeases) {
     FlashModel flash(1, 400);
     Engine engine(dram_for(flash, 50), *reader, verifier);
     Recorder& session = open(engine, engine.models().add(flash.spec, false), 3);
-    ASSERT_TRUE(engine.prefetch(session, 0, std::array{5U, 6U, 7U, 8U}));
+    ASSERT_TRUE(engine.prefetch(session, 0, std::array{5U, 6U, 7U, 8U}, 0));
     settle(engine);
     EXPECT_EQ(session.held_cells, 0U);
     ASSERT_TRUE(engine.acquire(session, 0, std::array{5U, 8U}, 1));

@@ -144,6 +144,34 @@ TEST_F(ExpertStepTest, WhatIsGuessedIsOnlyAHint) {
     EXPECT_EQ(run(rows), expected_rows(rows)) << "the next step gives back what that one was granted";
 }
 
+TEST_F(ExpertStepTest, RanksWhoseGuessesAreMostlyWrongAreNotReadAhead) {
+    Rows rows = rows_of(1, 1);
+    rows.experts = {5, 2, 4};
+    const PickedRows given = {rows.x.data(), 1,           rows.experts.data(), rows.weights.data(),
+                              PICKS,         bias.data(), up_bias.data(),      output_bias.data()};
+    std::vector<float> y(HIDDEN);
+    const auto guessed_after = [&](int steps, const auto& guess) {
+        for (int i = 0; i < steps; i++) {
+            cells.prefetched.clear();
+            guess();
+        }
+        return cells.prefetched.size();
+    };
+    const auto before = [&] { step.run(0, given, y.data(), [] { return Guess{0, {5, 3, 2}}; }); };
+    const auto early = [&] {
+        step.expect({0, {2, 4, 1}}, 1);
+        step.run(0, given, y.data());
+    };
+    EXPECT_FALSE(step.asks());
+    EXPECT_EQ(guessed_after(10, before), 3U) << "as long as nothing is known";
+    EXPECT_TRUE(step.asks());
+    EXPECT_EQ(guessed_after(30, before), 1U) << "nor are those after them";
+    EXPECT_EQ(guessed_after(10, early), 3U) << "each kind of guess is judged by itself";
+    EXPECT_EQ(guessed_after(30, early), 2U);
+    rows.experts = {5, 3, 2};
+    EXPECT_EQ(guessed_after(100, before), 3U) << "they are judged though they are not read";
+}
+
 TEST_F(ExpertStepTest, WhereNearlyAllExpertsArePickedTheNextLayerIsReadEarly) {
     Rows rows = rows_of(2, 1);
     rows.experts = {5, 2, 4, 2, 1, 5};

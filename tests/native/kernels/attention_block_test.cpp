@@ -4,11 +4,13 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstdint>
 #include <random>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "instruction_set.h"
@@ -98,6 +100,31 @@ TEST_P(BlockBits, DoNotDependOnThreadsCallersOrPasses) {
         }
         for (std::thread& caller : callers) caller.join();
         for (const auto& result : results) EXPECT_EQ(result, expected);
+    }
+}
+
+TEST_P(BlockBits, AFfnIsToldWhatItWouldTakeIfAttentionAddedNothing) {
+    Workers workers(2);
+    const AttentionBlocks blocks(workers, Dtype::f32, GetParam());
+    AttentionBlock with_norm = block(), without = block();
+    without.before_ffn.reset();
+    std::vector<float> normed(HIDDEN), keys(KEY_HEADS * ELEMENTS), values(keys.size()), out(HIDDEN);
+    Norms(workers, Dtype::f32, GetParam()).apply(*with_norm.before_ffn, x_.data(), 1, normed.data());
+    const KeyValueRoom room{{keys.data(), keys.size(), ELEMENTS}, {values.data(), values.size(), ELEMENTS}, 0, false};
+    const Rotation rotation{cos_.data(), sin_.data(), ELEMENTS, 0, ELEMENTS};
+    for (const auto& [one, expected] : {std::pair{&with_norm, normed.data()}, {&without, x_.data()}}) {
+        std::vector<float> told;
+        blocks.layer(
+            *one, x_.data(), 1, 1, rotation, room, {AttentionMask::Kind::none},
+            [&](const void* x, size_t rows) {
+                told.assign(static_cast<const float*>(x), static_cast<const float*>(x) + rows * HIDDEN);
+            },
+            [&](const float* x, size_t rows, float* y) {
+                EXPECT_FALSE(told.empty()) << "before the FFN runs";
+                std::copy_n(x, rows * HIDDEN, y);
+            },
+            {}, out.data());
+        EXPECT_EQ(told, std::vector<float>(expected, expected + HIDDEN));
     }
 }
 

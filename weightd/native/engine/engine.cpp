@@ -160,18 +160,19 @@ bool Engine::release(Session& session, uint32_t layer, std::span<const uint32_t>
     return true;
 }
 
-bool Engine::prefetch(Session& session, uint32_t layer, std::span<const uint32_t> cells) {
+bool Engine::prefetch(Session& session, uint32_t layer, std::span<const uint32_t> cells, uint32_t hint) {
     if (!names_cells(session, layer, cells)) return false;
     Queues& queues = *queues_[session.model];
     Pool& pool = *queues.model.pool;
     const uint32_t first_cell = queues.model.spec.layers[layer].first_cell;
+    queues.prefetches.begin(session, layer, hint);
     for (const uint32_t cell : cells) {
         const uint32_t number = first_cell + cell;
         pool.awaited(number);
         if (const Place place = pool.find(number)) {
             place.slot().deferred = false;
         } else {
-            queues.prefetches.add(session, layer, number);
+            queues.prefetches.add(session, number);
         }
     }
     return true;

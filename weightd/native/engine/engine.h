@@ -41,7 +41,7 @@ class Engine {
     // Requests of a session. Cells are numbered within `layer`. False: the session broke a rule and must be closed.
     bool acquire(Session& session, uint32_t layer, std::span<const uint32_t> cells, uint32_t tag);
     bool release(Session& session, uint32_t layer, std::span<const uint32_t> cells);
-    bool prefetch(Session& session, uint32_t layer, std::span<const uint32_t> cells);
+    bool prefetch(Session& session, uint32_t layer, std::span<const uint32_t> cells, uint32_t hint);
 
     // Takes in what was read, starts to read what is missing, and flushes the sessions that were answered.
     // True when anything happened.

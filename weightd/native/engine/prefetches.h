@@ -1,7 +1,8 @@
 // The cells of one model that sessions may want soon (ring::PREFETCH), and that are not read yet.
 //
 // They are read while the device has little else to do, so a wrong guess keeps the device from what somebody waits for
-// no longer than PREFETCH_READS_MAX reads take. A session's are of one layer, and forgotten when its step there begins.
+// no longer than PREFETCH_READS_MAX reads take. A session's are of one hint (ring::PREFETCH) for one layer. They are
+// forgotten when its step there begins, or when it gives another hint, which mostly knows better.
 #pragma once
 
 #include <cstdint>
@@ -23,10 +24,14 @@ struct Prefetch {
 class Prefetches {
   public:
     bool empty() const { return cells_.empty(); }
-    void add(Session& session, uint32_t layer, uint32_t cell) {
-        if (session.prefetch_layer != layer) forget(session);
-        if (session.prefetches == PREFETCHES_MAX) return;
+    // What is added from now on is of this hint.
+    void begin(Session& session, uint32_t layer, uint32_t hint) {
+        if (session.prefetch_layer != layer || session.prefetch_hint != hint) forget(session);
         session.prefetch_layer = layer;
+        session.prefetch_hint = hint;
+    }
+    void add(Session& session, uint32_t cell) {
+        if (session.prefetches == PREFETCHES_MAX) return;
         session.prefetches++;
         cells_.push_back({session.id, cell});
     }

@@ -50,6 +50,7 @@ class Session {
     uint64_t read_bytes = 0;  // read from flash for it
     uint32_t prefetches = 0;  // cells of prefetch_layer that it may want soon, and that are not read yet
     uint32_t prefetch_layer = NO_LAYER;
+    uint32_t prefetch_hint = 0;    // the tag of its last ring::PREFETCH
     uint64_t prefetched = 0;       // cells that were read because it said so
     uint64_t prefetched_used = 0;  // such cells that it asked for, when nobody had before
 

@@ -163,7 +163,7 @@ uint32_t RingSessions::serve(RingSession& session) {
                 kept = engine_.release(session, taken->layer, taken->cells);
                 break;
             case ring::PREFETCH:
-                kept = engine_.prefetch(session, taken->layer, taken->cells);
+                kept = engine_.prefetch(session, taken->layer, taken->cells, taken->tag);
                 break;
         }
         if (!kept) session.break_rule();

@@ -102,6 +102,10 @@ class LookAhead:
             return None
         return following, router.module.native_router()
 
+    def guesses_early(self, rows: int) -> bool:
+        """Whether the router of a native layer guesses before its attention. After router_after(), which judges."""
+        return rows <= ROWS_MAX and self._trust.pays(False)
+
     def _after(self, layer: int, rows: int) -> tuple[int, FoundRouter] | None:
         following = self._next.get(layer)
         router = None if following is None else self._routers.get(following)
