@@ -283,6 +283,25 @@ def attention_row(arena: Arena, cached_tokens: int, rounds: int = ROUNDS) -> Row
     return {"kernel": "attention", "cached_tokens": cached_tokens, "tokens": 1} | row
 
 
+def int8_attention_row(arena: Arena, cached_tokens: int, rounds: int = ROUNDS) -> Row:
+    """The native attention of one token over keys and values in Q8_0, of layer after layer."""
+    encoding = in_blocks("Q8_0")
+    fill_for(arena, encoding)
+    row_bytes = stored_bytes(encoding, HEAD_ELEMENTS)
+    shape = (2, 1, HEADS, cached_tokens, row_bytes)  # keys and values
+    layer_bytes = 2 * HEADS * cached_tokens * row_bytes
+    count = arena.bytes // layer_bytes
+    layers = list(arena.bits.view(np.uint8)[: count * layer_bytes].reshape(count, *shape))
+    query, out = torch.randn(1, HEADS, 1, HEAD_ELEMENTS), torch.empty(1, 1, HEADS, HEAD_ELEMENTS)
+    kernel, scale = Attention(arena.workers, "F32"), HEAD_ELEMENTS**-0.5
+
+    def work(layer: NDArray[np.uint8]) -> None:
+        kernel.attend(array_of(query), layer[0], layer[1], None, False, scale, array_of(out))
+
+    facts = {"kernel": "attention in int8", "cached_tokens": cached_tokens, "tokens": 1}
+    return facts | compare(arena, work, layers, layer_bytes, rounds)
+
+
 def encodings_of(arena: Arena, row: Callable[[Arena, Encoding, int, int], Row], rounds: int) -> list[Row]:
     encodings = [*map(in_blocks, BLOCK_FORMATS)]
     if row is not encoded_linear_row:
@@ -290,7 +309,7 @@ def encodings_of(arena: Arena, row: Callable[[Arena, Encoding, int, int], Row], 
     return [row(arena, encoding, tokens, rounds) for encoding in encodings for tokens in TOKENS]
 
 
-# The last three write into the buffer.
+# The last four write into the buffer.
 ROWS: dict[str, Callable[[Arena, int], list[Row]]] = {
     "sparse_ffn": lambda arena, rounds: [
         sparse_row(arena, *one, tokens, rounds) for one in BUNDLES for tokens in TOKENS
@@ -298,6 +317,7 @@ ROWS: dict[str, Callable[[Arena, int], list[Row]]] = {
     "linear": lambda arena, rounds: [linear_row(arena, *one, tokens, rounds) for one in MATRICES for tokens in TOKENS],
     "predictor": lambda arena, rounds: [predictor_row(arena, BUNDLES[0][0], rounds=rounds)],
     "attention": lambda arena, rounds: [attention_row(arena, cached_tokens, rounds) for cached_tokens in CONTEXTS],
+    "int8_attention": lambda arena, rounds: [int8_attention_row(arena, tokens, rounds) for tokens in CONTEXTS],
     "encoded_linear": lambda arena, rounds: encodings_of(arena, encoded_linear_row, rounds),
     "encodings": lambda arena, rounds: encodings_of(arena, encoded_row, rounds),
     "slabs": lambda arena, rounds: encodings_of(arena, slab_row, rounds),

@@ -13,6 +13,7 @@ namespace {
 
 constexpr size_t ROWS_MAX = 16;    // rows of queries in an item: bits of RowSet
 constexpr size_t RUN_DOTS = 4096;  // of a run, which stay in the L1 cache
+constexpr size_t SHORT_KEY = 64;   // elements in blocks: of such keys kernels multiply several at once
 constexpr float MASKED = -std::numeric_limits<float>::infinity();
 
 using RowSet = uint16_t;  // bit r: row r of an item
@@ -53,11 +54,6 @@ const char* address_of(const AttentionRows& rows, size_t sequence, size_t head, 
            index * rows.row_stride;
 }
 
-void address_rows(const AttentionRows& of, size_t sequence, size_t head, const Run& run, const void** rows) {
-    const char* first = address_of(of, sequence, head, run.begin);
-    for (size_t k = 0; k < run.count; k++) rows[k] = first + k * of.row_stride;
-}
-
 }  // namespace
 
 struct Attention::Call {
@@ -70,6 +66,7 @@ struct Attention::Call {
     const Kernels& kernels;  // of keys and values
     size_t key_elements;     // of a row, with the zeros that make whole blocks
     size_t value_elements;
+    bool keys_are_matrix;  // that add_products() takes
 
     float bias(const Item& item, size_t row, size_t index) const;
     size_t group() const { return shape.heads / shape.key_heads; }
@@ -168,8 +165,19 @@ void Attention::attend(const AttentionShape& shape, const AttentionRows& query, 
     assert(shape.key_heads > 0 && shape.heads % shape.key_heads == 0);
     const auto elements = [&](size_t count) { return shape.in_blocks ? whole_blocks(count) : count; };
     const Kernels& kernels = shape.in_blocks ? of_blocks_ : kernels_;
-    const Call call{
-        shape, query, key, value, mask, out, kernels, elements(shape.key_elements), elements(shape.value_elements)};
+    const size_t of_key = elements(shape.key_elements);
+    const bool back_to_back = shape.in_blocks && key.row_stride == block_row_bytes(of_key);
+    const bool short_keys = of_key == SHORT_KEY || of_key == SHORT_KEY / 2;
+    const Call call{shape,
+                    query,
+                    key,
+                    value,
+                    mask,
+                    out,
+                    kernels,
+                    of_key,
+                    elements(shape.value_elements),
+                    back_to_back && short_keys};
     const size_t items = shape.sequences * shape.key_heads * call.items_of_head();
     workers_.run(items, [&](size_t index) {
         const size_t next = index + workers_.threads();  // most likely this thread's
@@ -204,23 +212,23 @@ void Attention::weigh(const Call& call, const Item& item, Scratch& scratch) cons
         kernels_.upcast(address_of(call.query, item.sequence, item.head(call, r), item.token(call, r)),
                         shape.key_elements, scratch.query.data() + r * call.key_elements);
     }
-    const PackedRows packed(workers_, call.kernels, scratch.query.data(), item.count, call.key_elements);
+    const PackedRows packed(workers_, call.kernels, scratch.query.data(), call.keys_are_matrix ? 0 : item.count,
+                            call.key_elements);
     size_t filled[ROWS_MAX] = {};
     for_runs(shape.keys, scratch.attending, item.all, RUN_DOTS / item.count, [&](const Run& run) {
-        const void** keys = scratch.rows;
-        float* dots = scratch.dots;
-        address_rows(call.key, item.sequence, item.key_head, run, keys);
-        call.kernels.dots(keys, run.count, packed.group(0), call.key_elements, item.count, dots);
+        multiply(call, item, run.begin, run.count, packed, scratch);
+        const size_t of_row = call.keys_are_matrix ? run.count : 1, of_key = call.keys_are_matrix ? 1 : item.count;
         for (size_t r = 0; r < item.count; r++) {
+            const float* dots = scratch.dots + r * of_row;
             float* weights = scratch.weights.data() + r * shape.keys + filled[r];
             if (run.for_all && call.mask.kind != AttentionMask::Kind::additive) {
-                for (size_t k = 0; k < run.count; k++) weights[k] = dots[k * item.count + r] * shape.scale;
+                for (size_t k = 0; k < run.count; k++) weights[k] = dots[k * of_key] * shape.scale;
                 filled[r] += run.count;
                 continue;
             }
             for (size_t k = 0; k < run.count; k++) {
                 if (!has(scratch.attending[run.begin + k], r)) continue;
-                *weights++ = dots[k * item.count + r] * shape.scale + call.bias(item, r, run.begin + k);
+                *weights++ = dots[k * of_key] * shape.scale + call.bias(item, r, run.begin + k);
                 filled[r]++;
             }
         }
@@ -230,6 +238,20 @@ void Attention::weigh(const Call& call, const Item& item, Scratch& scratch) cons
         scratch.total[r] =
             filled[r] == 0 ? 0.0f : kernels_.exponentials(scratch.weights.data() + r * shape.keys, filled[r]);
     }
+}
+
+// scratch.dots = q . k of `count` keys: [keys, rows], or [rows, keys] where these are a matrix.
+void Attention::multiply(const Call& call, const Item& item, size_t first, size_t count, const PackedRows& query,
+                         Scratch& scratch) {
+    const char* keys = address_of(call.key, item.sequence, item.key_head, first);
+    if (call.keys_are_matrix) {
+        std::fill_n(scratch.dots, item.count * count, 0.0f);
+        call.kernels.add_products(keys, call.key_elements, scratch.query.data(), call.key_elements, item.count, count,
+                                  0, count, scratch.dots);
+        return;
+    }
+    for (size_t k = 0; k < count; k++) scratch.rows[k] = keys + k * call.key.row_stride;
+    call.kernels.dots(scratch.rows, count, query.group(0), call.key_elements, item.count, scratch.dots);
 }
 
 // Fetches the first rows of a head to which some row attends.
@@ -254,7 +276,8 @@ void Attention::blend(const Call& call, const Item& item, Scratch& scratch) cons
     for_runs(shape.keys, scratch.attending, item.all, RUN_DOTS / item.count, [&](const Run& run) {
         const void** values = scratch.rows;
         if (run.for_all) {
-            address_rows(call.value, item.sequence, item.key_head, run, values);
+            const char* first = address_of(call.value, item.sequence, item.key_head, run.begin);
+            for (size_t k = 0; k < run.count; k++) values[k] = first + k * call.value.row_stride;
             const float* weights = next[0];
             if (item.count > 1) {
                 for (size_t r = 0; r < item.count; r++) {

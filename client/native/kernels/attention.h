@@ -13,6 +13,8 @@
 
 namespace flashclient {
 
+class PackedRows;
+
 struct AttentionShape {
     size_t sequences;
     size_t heads;      // of queries, a multiple of key_heads
@@ -77,6 +79,8 @@ class Attention {
     struct Scratch;  // the intermediate results of an item
     void attend_item(const Call& call, const Item& item, const Item& next) const;
     void weigh(const Call& call, const Item& item, Scratch& scratch) const;
+    static void multiply(const Call& call, const Item& item, size_t first, size_t count, const PackedRows& query,
+                         Scratch& scratch);
     void fetch_rows(const Call& call, const Item& item, const AttentionRows& rows, size_t elements,
                     const Scratch& scratch) const;
     void blend(const Call& call, const Item& item, Scratch& scratch) const;

@@ -26,7 +26,8 @@ namespace {
 
 constexpr size_t TILE_QUADS = TILE_ROWS / QUAD;
 constexpr size_t PANEL = 8;  // stretches that are decoded together: with their scales less than half of an L1 cache
-constexpr size_t GROUP = 4;  // integers of a row that lie together in a tile of x
+constexpr size_t FEW_TOKENS = 6;  // of which products by tiles take longer than those of kernels_vnni.cpp
+constexpr size_t GROUP = 4;       // integers of a row that lie together in a tile of x
 static_assert(PANEL % 2 == 0 && TILE_COLUMNS == TOKENS_MAX);
 
 // A stretch of up to 16 rows of x.
@@ -55,15 +56,21 @@ struct alignas(64) TilesOfX {
     }
 };
 
-// One row of x is taken as kernels_vnni.cpp takes it.
+// Few rows of x are taken as kernels_vnni.cpp takes them.
 size_t packed_bytes(size_t hidden, size_t tokens) {
-    const size_t of_one = stretches_of(hidden) * sizeof(StretchOfX);
-    return tokens == 1 ? of_one : std::max(of_one, stretches_of(hidden) * sizeof(TilesOfX));
+    const size_t of_few = stretches_of(hidden) * std::min(tokens, FEW_TOKENS) * sizeof(StretchOfX);
+    return tokens <= FEW_TOKENS ? of_few : std::max(of_few, stretches_of(hidden) * sizeof(TilesOfX));
 }
 
 template <bool in_order>
 KERNEL void pack(const float* x, size_t hidden, size_t tokens, void* packed) {
-    if (tokens == 1) return quantise_row<in_order>(x, hidden, static_cast<StretchOfX*>(packed));
+    if (tokens <= FEW_TOKENS) {
+        auto* rows = static_cast<StretchOfX*>(packed);
+        for (size_t t = 0; t < tokens; t++) {
+            quantise_row<in_order>(x + t * hidden, hidden, rows + t * stretches_of(hidden));
+        }
+        return;
+    }
     auto* tiles = static_cast<TilesOfX*>(packed);
     for (size_t j = 0; j < hidden; j += STRETCH, tiles++) {
         if (tokens < TILE_COLUMNS) std::memset(tiles, 0, sizeof(*tiles));
@@ -320,10 +327,9 @@ KERNEL void dots_in_tiles(const void* const* rows, size_t row_count, size_t hidd
 template <BlockFormat format>
 KERNEL void dots(const void* const* rows, size_t row_count, const void* packed, size_t hidden, size_t tokens,
                  float* dots) {
-    if (tokens == 1) {
-        const auto* x = static_cast<const StretchOfX*>(packed);
-        return dots_of_quads<format, true>(rows, row_count, x, hidden, 1, dots);
-    }
+    const auto* few = static_cast<const StretchOfX*>(packed);
+    if (tokens == 1) return dots_of_quads<format, true>(rows, row_count, few, hidden, 1, dots);
+    if (tokens <= FEW_TOKENS) return dots_of_quads<format, false>(rows, row_count, few, hidden, tokens, dots);
     const TileGroup group[] = {{static_cast<const TilesOfX*>(packed), tokens, dots}};
     dots_in_tiles<format, 1>(rows, row_count, hidden, group);
 }
@@ -331,7 +337,7 @@ KERNEL void dots(const void* const* rows, size_t row_count, const void* packed, 
 template <BlockFormat format>
 KERNEL void dots_of_groups(const void* const* rows, size_t row_count, const void* const (&packed)[2], size_t hidden,
                            const size_t (&tokens)[2], float* const (&of)[2]) {
-    if (tokens[0] == 1 || tokens[1] == 1) {
+    if (tokens[0] <= FEW_TOKENS || tokens[1] <= FEW_TOKENS) {
         for (size_t g = 0; g < 2; g++) dots<format>(rows, row_count, packed[g], hidden, tokens[g], of[g]);
         return;
     }
@@ -445,7 +451,7 @@ template <BlockFormat format>
 KERNEL void add_products_in_tiles(const void* matrix, size_t length, const float* h, size_t h_stride, size_t tokens,
                                   size_t hidden, size_t begin, size_t end, float* y) {
     const ShortRows<format> rows{static_cast<const uint8_t*>(matrix), length, end};
-    if (tokens == 1) return add_products_of_quads<format, true>(rows, h, h_stride, 1, hidden, begin, y);
+    if (tokens <= FEW_TOKENS) return add_products<format>(matrix, length, h, h_stride, tokens, hidden, begin, end, y);
     constexpr size_t TOGETHER = SLAB_GROUPS * TILE_COLUMNS;
     for (size_t t = 0; t < tokens; t += TOGETHER) {
         add_products_of_tiles<format>(rows, h + t * h_stride, h_stride, std::min(TOGETHER, tokens - t), hidden, begin,

@@ -78,7 +78,7 @@ def attention(dtype: torch.dtype, instruction_set: str | None) -> nn.Module:
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 @pytest.mark.parametrize("instruction_set", AVAILABLE)
-@pytest.mark.parametrize("elements", [64, 80, 128, 7])
+@pytest.mark.parametrize("elements", [64, 80, 128, 32, 7])
 def test_attention_is_the_formula_over_what_is_held(dtype: torch.dtype, instruction_set: str, elements: int) -> None:
     torch.manual_seed(0)
     module, keys = attention(dtype, instruction_set), 150

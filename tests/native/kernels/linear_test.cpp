@@ -6,6 +6,7 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <iterator>
 #include <limits>
 #include <thread>
 #include <utility>
@@ -85,6 +86,31 @@ void LinearBitsOf16::check(size_t exact, size_t of) {
                 size += std::abs(product);
             }
             ASSERT_NEAR(all[i], dot, 4e-7 * size);
+        }
+    }
+}
+
+TEST_P(LinearBits, RowsTimesBlocksHaveTheSameBitsInAnyNumber) {
+    Workers workers(2);
+    constexpr size_t ROWS_HERE = 37, COLUMNS_HERE = 768, TOKENS = 23;
+    const std::vector<float> x = random_floats(TOKENS * COLUMNS_HERE, 3);
+    const Linear linear(workers, Dtype::f32, GetParam());
+    for (size_t format = 0; format < std::size(weightd::BLOCK_FORMATS); format++) {
+        const auto& [name, values, bytes] = weightd::BLOCK_FORMATS[format];
+        std::vector<uint8_t> weight(ROWS_HERE * COLUMNS_HERE / values * bytes);
+        const uint8_t least = static_cast<BlockFormat>(format) == BlockFormat::mxfp4 ? 0x74 : 0x24;  // usual scales
+        for (size_t i = 0; i < weight.size(); i++) weight[i] = static_cast<uint8_t>(least + i * i % 7 % 4);
+        const auto multiply = [&](size_t first, size_t tokens) {
+            std::vector<float> y(tokens * ROWS_HERE);
+            const Matrix matrix{weight.data(), ROWS_HERE, COLUMNS_HERE, static_cast<BlockFormat>(format)};
+            linear.multiply(matrix, x.data() + first * COLUMNS_HERE, tokens, y.data());
+            return y;
+        };
+        const std::vector<float> all = multiply(0, TOKENS);
+        for (const auto& [first, tokens] : std::vector<std::pair<size_t, size_t>>{{4, 1}, {1, 2}, {5, 6}, {9, 7}}) {
+            const std::vector<float> some = multiply(first, tokens);
+            EXPECT_TRUE(std::equal(some.begin(), some.end(), all.begin() + static_cast<ptrdiff_t>(first * ROWS_HERE)))
+                << name << " " << tokens;
         }
     }
 }
