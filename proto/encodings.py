@@ -58,7 +58,7 @@ class BlockLayout(NamedTuple):
     scale_dtype: str = "F16"
 
 
-# Those of GGML that kernels compute with.
+# Those that kernels compute with: GGML's, and FP8 as DeepSeek and others publish it: F8_E4M3, whose scale is F32.
 BLOCK_FORMATS = {
     "Q8_0": BlockLayout(32, 34, (0,)),
     "Q4_0": BlockLayout(32, 18, (0,)),
@@ -73,7 +73,10 @@ BLOCK_FORMATS = {
     "Q5_K": BlockLayout(256, 176, (0, 2)),
     "Q6_K": BlockLayout(256, 210, (208,)),
     "IQ4_XS": BlockLayout(256, 136, (0,)),
+    "FP8_128": BlockLayout(128, 132, (0,), "F32"),
+    "FP8_32": BlockLayout(32, 36, (0,), "F32"),
 }
+E4M3_MAX = 448  # the greatest number of F8_E4M3
 # What `weightd import --dtype` quantises bundles to. Of 4 bits IQ4_NL has the smallest error: see README.md.
 QUANTISED_DTYPES = {"int8": "Q8_0", "int4": "IQ4_NL"}
 # What `weightd import --layout` makes of bundles: one neuron each, or a slab of neurons (BundleLayout.slab_neurons).

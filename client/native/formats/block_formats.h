@@ -1,5 +1,5 @@
-// GGML's quantised formats: blocks of values that share scales. Each is decoded a vector at a time, to the bits that
-// gguf-py's dequantize() gives. To add one, see "Encodings" in proto/README.md.
+// Quantised formats, GGML's and FP8: blocks of values that share scales. Each is decoded a vector at a time, to the
+// bits that gguf-py's dequantize() or transformers gives. To add one, see "Encodings" in proto/README.md.
 //
 // Compiled once per instruction set, after codes_*.h, which says what vectors can do. A format is a struct with
 //   VALUES, BYTES   of a block
@@ -124,6 +124,30 @@ struct BlockMxfp4 {
     LANE BlockMxfp4(const uint8_t* block, NoScales, size_t)
         : codes(block + 1), values(E2M1_NUMBERS, Lane::all(half_of_power(block[0]))) {}
     LANE Lane lane(size_t first) const { return values.of_halves(codes + first % 16, first / 16); }
+};
+
+// The scale of a block of F8_E4M3, times what unscaled_e4m3() leaves out. Imports refuse scales beyond 2^119.
+struct ScaleOfFp8 {
+    Lane scale;
+
+    LANE static ScaleOfFp8 of(const uint8_t* block) {
+        float scale;
+        std::memcpy(&scale, block, sizeof(scale));
+        return {Lane::all(scale * E4M3_SCALE)};
+    }
+};
+
+// value = scale * code. Imports refuse codes of NaN, which are 480 here.
+template <size_t values>
+struct BlockFp8 {
+    static constexpr size_t VALUES = values, GROUP = 32, BYTES = sizeof(float) + values;
+    using Scales = ScaleOfFp8;
+    const uint8_t* codes;
+    Lane scale;
+
+    LANE BlockFp8(const uint8_t* block, Scales of, size_t group)
+        : codes(block + sizeof(float) + group * GROUP), scale(of.scale) {}
+    LANE Lane lane(size_t first) const { return multiply(unscaled_e4m3(codes + first), scale); }
 };
 
 }  // namespace

@@ -271,6 +271,10 @@ const Kernels* table_for(BlockFormat format, const char* instruction_set) {
             return table_of_blocks<BlockQ6K>(instruction_set);
         case BlockFormat::iq4_xs:
             return table_of_blocks<BlockIq4Xs>(instruction_set);
+        case BlockFormat::fp8_128:
+            return table_of_blocks<BlockFp8<128>>(instruction_set);
+        case BlockFormat::fp8_32:
+            return table_of_blocks<BlockFp8<32>>(instruction_set);
     }
     return nullptr;
 }

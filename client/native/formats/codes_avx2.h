@@ -19,6 +19,12 @@ LANE Lane floats_of(__m128i signed_bytes) { return {_mm256_cvtepi32_ps(_mm256_cv
 
 LANE Lane signed_bytes(const uint8_t* bytes) { return floats_of(eight_bytes(bytes)); }
 
+// Numbers of F8_E4M3, divided by E4M3_SCALE.
+LANE Lane unscaled_e4m3(const uint8_t* bytes) {
+    const __m128i places = _mm_slli_epi16(_mm_cvtepi8_epi16(eight_bytes(bytes)), E4M3_PLACES);
+    return {_mm256_cvtph_ps(_mm_and_si128(places, _mm_set1_epi16(static_cast<short>(E4M3_BITS))))};
+}
+
 LANE __m128i halves(const uint8_t* bytes, size_t upper) {
     const __m128i eight = eight_bytes(bytes);
     return _mm_and_si128(upper != 0 ? _mm_srli_epi16(eight, 4) : eight, _mm_set1_epi8(15));

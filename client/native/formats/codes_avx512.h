@@ -22,6 +22,13 @@ LANE Lane signed_bytes(const uint8_t* bytes) {
     return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes))))};
 }
 
+// Numbers of F8_E4M3, divided by E4M3_SCALE.
+LANE Lane unscaled_e4m3(const uint8_t* bytes) {
+    const __m256i words = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+    const __m256i places = _mm256_slli_epi16(words, E4M3_PLACES);
+    return {_mm512_cvtph_ps(_mm256_and_si256(places, _mm256_set1_epi16(static_cast<short>(E4M3_BITS))))};
+}
+
 // The values of codes of four bits: a table, in which a permutation looks up the lowest four bits of each lane.
 struct LookUp {
     __m512 values;

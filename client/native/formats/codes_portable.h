@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "formats/field.h"
+#include "formats/half_values.h"
 
 namespace flashclient {
 namespace {
@@ -17,6 +18,15 @@ Lane multiply(Lane a, Lane b) {
 Lane signed_bytes(const uint8_t* bytes) {
     Lane lane;
     for (size_t i = 0; i < Lane::WIDTH; i++) lane.value[i] = static_cast<float>(static_cast<int8_t>(bytes[i]));
+    return lane;
+}
+
+// Numbers of F8_E4M3, divided by E4M3_SCALE.
+Lane unscaled_e4m3(const uint8_t* bytes) {
+    Lane lane;
+    for (size_t i = 0; i < Lane::WIDTH; i++) {
+        lane.value[i] = half_values[(static_cast<int8_t>(bytes[i]) << E4M3_PLACES) & E4M3_BITS];
+    }
     return lane;
 }
 

@@ -242,14 +242,22 @@ KERNEL void dots_of_quads(const void* const* rows, size_t row_count, const Stret
     }
 }
 
-// Table<format>::get() of a format.
+// Of a format whose codes are integers that fit into bytes; those of FP8 do not.
+template <template <BlockFormat> typename Table, BlockFormat format>
+const Kernels* table_of_integers() {
+    if constexpr (requires { Codes<format>::ZERO; }) return Table<format>::get();
+    return nullptr;
+}
+
+// Table<format>::get() of a format; `others`: of one that has no integers.
 template <template <BlockFormat> typename Table>
-const Kernels* table_of_format(BlockFormat format) {
+const Kernels* table_of_format(BlockFormat format, const Kernels* others) {
     const auto among = [&]<size_t... i>(std::index_sequence<i...>) {
         const Kernels* found = nullptr;
-        ((format == static_cast<BlockFormat>(i) && (found = Table<static_cast<BlockFormat>(i)>::get()) != nullptr) ||
+        ((format == static_cast<BlockFormat>(i) &&
+          (found = table_of_integers<Table, static_cast<BlockFormat>(i)>()) != nullptr) ||
          ...);
-        return found;
+        return found != nullptr ? found : others;
     };
     return among(std::make_index_sequence<std::size(weightd::BLOCK_FORMATS)>());
 }

@@ -94,8 +94,8 @@ const Kernels& kernels_for(const Encoding& encoding, const char* instruction_set
     if (const auto format = encoding.block_format()) return kernels_for(*format, instruction_set);
     const std::optional<Dtype> dtype = encoding.plain();
     if (!dtype || *dtype == Dtype::i8) {
-        throw std::invalid_argument("no kernel for weights of encoding '" + encoding.format +
-                                    "': F32, BF16, F16 and GGML's " + block_format_names() + " have one");
+        throw std::invalid_argument("no kernel for weights of encoding '" + encoding.format + "': F32, BF16, F16, " +
+                                    block_format_names() + " have one");
     }
     return kernels_for(*dtype, instruction_set);
 }

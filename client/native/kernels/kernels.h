@@ -101,9 +101,10 @@ const Kernels* kernels_amx(Dtype dtype);  // that of AVX-512 but for bf16
 const GroupSums* group_sums_amx();        // of bf16
 const Kernels* kernels_avx512(Dtype dtype);
 const Kernels* kernels_avx512(BlockFormat format);
-const Kernels* kernels_vnni(Dtype dtype);         // that of AVX-512
-const Kernels* kernels_vnni(BlockFormat format);  // that of AVX-512 but for products, which are of integers
-const Kernels* kernels_amx(BlockFormat format);   // the same, of several rows of x by tiles
+const Kernels* kernels_vnni(Dtype dtype);               // that of AVX-512
+const Kernels* kernels_vnni(BlockFormat format);        // that of AVX-512 but for products of integers: not FP8's
+const Kernels* kernels_amx(BlockFormat format);         // the same, of several rows of x by tiles
+const Kernels* kernels_amx_floats(BlockFormat format);  // of FP8; of others that of AVX-512
 const Kernels* kernels_avx2(Dtype dtype);
 const Kernels* kernels_avx2(BlockFormat format);
 const Kernels* kernels_portable(Dtype dtype);

@@ -20,19 +20,6 @@ constexpr size_t COPIED = 4;       // blocks of scattered rows that are copied t
 constexpr size_t SHORT_ROW = 256;  // elements: of such rows more tiles are multiplied at once, to hide latencies
 constexpr size_t SHORT_TILES = 4;
 
-// What precedes the tiles of x: which columns are whose. Tiles are [column tile][block], of [pair][column]. Those of
-// few columns are small, so that x stays in the L1 cache.
-struct alignas(ROW_BYTES) Columns {
-    uint8_t first[TOKENS_MAX];  // column of a token
-    bool exact[TOKENS_MAX];     // it has one column, not PARTS
-    uint8_t count;
-    uint8_t pair_bytes;  // from a pair of a tile to the next
-
-    size_t tile_bytes() const { return TILE_ROWS * pair_bytes; }
-};
-static_assert(sizeof(Columns) == ROW_BYTES);
-constexpr size_t FEW_COLUMNS = 4;
-
 size_t packed_bytes(size_t hidden, size_t tokens) {
     return sizeof(Columns) + divide_up(PARTS * tokens, TILE_COLUMNS) * divide_up(hidden, BLOCK) * TILE_BYTES;
 }
@@ -292,35 +279,6 @@ KERNEL void dots_of_tiles(const WeightRows<tiles>& rows, const WeightRows<tiles>
         begin = end;
     }
     Tiles<tiles, columns>::store_sums(sums, sums_bytes);
-}
-
-// The dots of a row with the columns of some tokens, [tile of columns, TILE_COLUMNS]; `apart` from one tile to the
-// next.
-KERNEL void store_dots(const float* sums, size_t apart, const Columns& columns, size_t tokens, float* dots) {
-    if (columns.count == tokens) {  // each token has one column
-        const auto mask = static_cast<__mmask16>((1U << tokens) - 1);
-        return _mm512_mask_storeu_ps(dots, mask, _mm512_maskz_loadu_ps(mask, sums));
-    }
-    const auto dot = [&](size_t column) { return sums[column / TILE_COLUMNS * apart + column % TILE_COLUMNS]; };
-    for (size_t t = 0; t < tokens; t++) {
-        const size_t column = columns.first[t];
-        const float rest = columns.exact[t] ? 0.0f : dot(column + 1) + dot(column + 2);
-        dots[t] = columns.exact[t] ? dot(column) : dot(column) + rest;
-    }
-}
-
-// The dots of a tile of rows with the one token that has PARTS columns: sums [row][FEW_COLUMNS].
-KERNEL void store_dots_of_parts(const float* sums, size_t some, float* dots) {
-    const __m512i first = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
-    __m512 part[PARTS];
-    for (size_t p = 0; p < PARTS; p++) {
-        const __m512i places = _mm512_add_epi32(first, _mm512_set1_epi32(static_cast<int>(p)));
-        const __m512 low = _mm512_permutex2var_ps(_mm512_load_ps(sums), places, _mm512_load_ps(sums + 16));
-        const __m512 high = _mm512_permutex2var_ps(_mm512_load_ps(sums + 32), places, _mm512_load_ps(sums + 48));
-        part[p] = _mm512_shuffle_f32x4(low, high, 0x44);
-    }
-    const auto mask = static_cast<__mmask16>((1U << some) - 1);
-    _mm512_mask_storeu_ps(dots, mask, _mm512_add_ps(part[0], _mm512_add_ps(part[1], part[2])));
 }
 
 template <size_t tiles, size_t column_tiles>

@@ -346,41 +346,6 @@ KERNEL void dots_of_groups(const void* const* rows, size_t row_count, const void
     dots_in_tiles<format, 2>(rows, row_count, hidden, group);
 }
 
-LANE __m512 low_pairs(__m512 a, __m512 b) {
-    return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
-}
-LANE __m512 high_pairs(__m512 a, __m512 b) {
-    return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
-}
-
-// Columns of sixteen vectors.
-LANE void transpose(__m512 (&rows)[16]) {
-    __m512 pairs[16], fours[16];
-#pragma GCC unroll 8
-    for (size_t i = 0; i < 16; i += 2) {
-        pairs[i] = _mm512_unpacklo_ps(rows[i], rows[i + 1]);
-        pairs[i + 1] = _mm512_unpackhi_ps(rows[i], rows[i + 1]);
-    }
-#pragma GCC unroll 4
-    for (size_t i = 0; i < 16; i += 4) {
-        fours[i] = low_pairs(pairs[i], pairs[i + 2]);
-        fours[i + 1] = high_pairs(pairs[i], pairs[i + 2]);
-        fours[i + 2] = low_pairs(pairs[i + 1], pairs[i + 3]);
-        fours[i + 3] = high_pairs(pairs[i + 1], pairs[i + 3]);
-    }
-#pragma GCC unroll 4
-    for (size_t c = 0; c < 4; c++) {
-        const __m512 even[] = {_mm512_shuffle_f32x4(fours[c], fours[4 + c], 0x88),
-                               _mm512_shuffle_f32x4(fours[8 + c], fours[12 + c], 0x88)};
-        const __m512 odd[] = {_mm512_shuffle_f32x4(fours[c], fours[4 + c], 0xdd),
-                              _mm512_shuffle_f32x4(fours[8 + c], fours[12 + c], 0xdd)};
-        rows[c] = _mm512_shuffle_f32x4(even[0], even[1], 0x88);
-        rows[c + 4] = _mm512_shuffle_f32x4(odd[0], odd[1], 0x88);
-        rows[c + 8] = _mm512_shuffle_f32x4(even[0], even[1], 0xdd);
-        rows[c + 12] = _mm512_shuffle_f32x4(odd[0], odd[1], 0xdd);
-    }
-}
-
 // Dots of 16 rows of a matrix [row, token], of the chains of rows of stretches, `which` of those that these have.
 KERNEL void sums_of_tile(const __m512 (&chains)[UNITS][TILE_ROWS], size_t length, size_t which, __m512 (&sums)[16]) {
     for (size_t i = 0; i < 16; i++) {
@@ -479,7 +444,9 @@ struct TileTable {
 }  // namespace
 }  // namespace flashclient
 
-const flashclient::Kernels* flashclient::kernels_amx(BlockFormat format) { return table_of_format<TileTable>(format); }
+const flashclient::Kernels* flashclient::kernels_amx(BlockFormat format) {
+    return table_of_format<TileTable>(format, kernels_amx_floats(format));
+}
 #else
 const flashclient::Kernels* flashclient::kernels_amx(BlockFormat) { return nullptr; }
 #endif

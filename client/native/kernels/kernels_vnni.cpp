@@ -55,7 +55,9 @@ struct ByteTable {
 }  // namespace flashclient
 
 const flashclient::Kernels* flashclient::kernels_vnni(Dtype dtype) { return kernels_avx512(dtype); }
-const flashclient::Kernels* flashclient::kernels_vnni(BlockFormat format) { return table_of_format<ByteTable>(format); }
+const flashclient::Kernels* flashclient::kernels_vnni(BlockFormat format) {
+    return table_of_format<ByteTable>(format, kernels_avx512(format));
+}
 #else
 const flashclient::Kernels* flashclient::kernels_vnni(Dtype) { return nullptr; }
 const flashclient::Kernels* flashclient::kernels_vnni(BlockFormat) { return nullptr; }

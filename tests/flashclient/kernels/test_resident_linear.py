@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from blocks import as_multiplied, decoded, random_rows
+from blocks import as_multiplied, decoded, in_integers, random_rows
 from checkpoints import make_config, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from instruction_sets import AVAILABLE, INTEGERS
+from instruction_sets import AVAILABLE
 from torch import Tensor, nn
 
 from flashclient._native import EncodedMatrix, Linear, Workers
@@ -173,7 +173,9 @@ def test_a_matrix_in_blocks_is_computed_on_as_it_lies(format: str, instruction_s
         kernel, given = Linear(WORKERS, name, instruction_set), x.to(dtype)
         y, alone = torch.empty(35, outputs, dtype=dtype), torch.empty(1, outputs, dtype=dtype)
         kernel.project(encoded, array_of(bias), array_of(given), array_of(y))
-        assert near(y, torch.from_numpy(as_multiplied(x.float().numpy(), instruction_set)).double() @ values.T + bias)
+        assert near(
+            y, torch.from_numpy(as_multiplied(x.float().numpy(), format, instruction_set)).double() @ values.T + bias
+        )
         for row in (0, 17, 34):
             kernel.project(encoded, array_of(bias), array_of(given[row : row + 1]), array_of(alone))
             assert torch.equal(alone[0], y[row]), "a row depends on its batch-mates"
@@ -207,13 +209,13 @@ def test_blocks_times_special_numbers(format: str, instruction_set: str, rows: i
     for size in (1e-30, 1e-8, 0, 1e20, 1e34):
         scaled = x * np.float32(size)
         kernel.multiply(encoded, scaled, y)
-        expected = as_multiplied(scaled, instruction_set).astype(np.float64) @ values.T
+        expected = as_multiplied(scaled, format, instruction_set).astype(np.float64) @ values.T
         assert np.allclose(y, expected, rtol=1e-5, atol=1e-5 * size)
     for special in (np.nan, np.inf, -np.inf):
         spoilt = x.copy()
         spoilt[-1, 77] = special
         kernel.multiply(encoded, spoilt, y)
-        assert np.isnan(y[-1]).all() if instruction_set in INTEGERS else not np.isfinite(y[-1]).any()
+        assert np.isnan(y[-1]).all() if in_integers(format, instruction_set) else not np.isfinite(y[-1]).any()
         assert np.isfinite(y[:-1]).all()
 
 
@@ -242,7 +244,7 @@ def test_weights_in_blocks_of_other_modules_are_decoded() -> None:
         module._parameters["weight"] = EncodedWeight.of_blocks(rows, "w", torch.float32)
     use_fast_linears(model, WORKERS)
     assert settle_encoded_weights(model) == ["scaled"]
-    x = torch.from_numpy(as_multiplied(torch.randn(2, 64).numpy(), AVAILABLE[0]))
+    x = torch.from_numpy(as_multiplied(torch.randn(2, 64).numpy(), "Q4_0", AVAILABLE[0]))
     with torch.no_grad():
         for module in (model["head"], model["scaled"]):
             expected = nn.functional.linear(x, rows.values(), module.bias)

@@ -82,14 +82,18 @@ class Slabs:
         return y
 
     def reference(self, x: Tensor, instruction_set: str) -> Tensor:
-        multiplied = torch.from_numpy(as_multiplied(x.numpy(), instruction_set))
-        inputs = [(x if format in DTYPES else multiplied).double() for format in self.formats[:-1]]
+        inputs = [multiplied(x, format, instruction_set) for format in self.formats[:-1]]
         parts = zip(inputs, self.matrices, self.biases.double(), strict=True)
         products = [x @ rows.T + bias for x, rows, bias in parts]
         h = neurons_of(ACTIVATIONS[self.activation], *products)
-        if self.formats[-1] not in DTYPES:
-            h = torch.from_numpy(as_multiplied(h.float().numpy(), instruction_set)).double()
-        return h @ self.down.T
+        return multiplied(h, self.formats[-1], instruction_set) @ self.down.T
+
+
+def multiplied(x: Tensor, format: str, instruction_set: str) -> Tensor:
+    """What rows of a format are multiplied by, in float64."""
+    if format in DTYPES:
+        return x.double()
+    return torch.from_numpy(as_multiplied(x.float().numpy(), format, instruction_set)).double()
 
 
 def slab_neurons(formats: Sequence[str]) -> int:

@@ -72,7 +72,7 @@ class Case:
     def multiplied(self, instruction_set: str = AVAILABLE[0]) -> Tensor:
         """x as the kernels multiply it, in float64."""
         in_integers = self.dtype in BLOCK_FORMATS
-        x = torch.from_numpy(as_multiplied(self.x.numpy(), instruction_set)) if in_integers else self.x
+        x = torch.from_numpy(as_multiplied(self.x.numpy(), self.dtype, instruction_set)) if in_integers else self.x
         return x.double()
 
     def reference(self, instruction_set: str = AVAILABLE[0]) -> tuple[Tensor, Tensor]:

@@ -25,17 +25,24 @@ from weightd.importing.convert import import_checkpoint
 from weightd.store.store import Store
 from weightd.store.verify import verify_model
 
+BY_NEURON = ["float8 blocks", "float8 of a tensor"]  # those of rows have another scale for each output
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_numbers_are_those_that_are_published(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+
+@pytest.mark.parametrize(
+    ("kind", "layout"), [*((kind, "") for kind in KINDS), *((kind, "neuron") for kind in BY_NEURON)]
+)
+def test_numbers_are_those_that_are_published(
+    kind: str, layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Kept in blocks where a format holds them, else rounded once."""
     monkeypatch.setattr(plan, "DEQUANTISED_CHUNK_BYTES", 10000)  # several runs of a matrix
     monkeypatch.setattr(plan, "CHUNK_BYTES", 30000)
     made = make_packed(kind, tmp_path / "m")
     notes: list[str] = []
     with Store.open(tmp_path / "store", create=True) as store:
-        record = import_checkpoint(made.folder, store, tell=notes.append)
+        record = import_checkpoint(made.folder, store, tell=notes.append, layout=layout)
         verify_model(store, "m")
+        assert (record.bundle.slab_neurons == 0) == (layout == "neuron" or not KINDS[kind][-1])
         state = {name: tensor for name, tensor in read_state(store, "m").items() if name in made.weights}
         matrices = [read_matrices(store, record, layer) for layer in range(len(record.layers))]
         assert "quantization_config" not in json.loads((store.files_path("m") / "config.json").read_text())
@@ -149,6 +156,9 @@ FAR = "1" + "0" * 400
         ("packed", flat_blocks, {"quant_method": "mxfp4"}, r"a_blocks has no a_scales that fits it in"),
         ("float8", shaped(f"{UP}.weight", 96), {}, rf"are no scales of {UP}\.weight \[96\]"),
         ("float8", shaped(f"{UP}.weight_scale", 48), {}, rf"shape \[48\] of BF16 in .*are no scales of {UP}\.weight"),
+        ("float8", with_value(f"{UP}.weight", np.nan), {}, rf"{UP}\.weight in .* has a NaN in row 0, column 3: d"),
+        ("float8", with_value(f"{UP}.weight_scale", 1e37), {}, rf"{UP}\.weight_scale in .* has a scale of 1e\+37"),
+        ("float8", with_value(f"{UP}.weight_scale", np.inf), {}, rf"{UP}\.weight_scale in .* has a scale that is NaN"),
         ("nvfp4", shaped(f"{UP}.weight_packed", 96), {}, rf"are no scales of {UP}\.weight_packed \[192\]"),
         ("nvfp4", shaped(f"{UP}.weight_packed"), {}, rf"are no scales of {UP}\.weight_packed \[\]"),
         ("gptq", with_value(f"{UP}.g_idx", 2), {"group_size": int(FAR)}, r"names a group beyond|no scales of"),

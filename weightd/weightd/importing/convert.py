@@ -33,6 +33,7 @@ from weightd.importing.sources import used_tensors, without_equal_ties
 from weightd.importing.stored_dtype import (
     KEEP,
     bundle_encoding,
+    kept_neurons,
     kept_slabs,
     resident_dtype,
     resident_format,
@@ -203,7 +204,8 @@ def lay_out(
     }
     kinds = {source.name: (formats[source.name], tuple(source.shape)) for source in resident}
     slabs, notes = kept_slabs(units, dtype_request, layout)
-    encoding = slabs or bundle_encoding(recipe, dtype_request, dtype)
+    neurons, of_neurons = kept_neurons(units, dtype_request, layout)
+    encoding = slabs or neurons or bundle_encoding(recipe, dtype_request, dtype)
     sizes = (block_bytes, read_bytes, sector_bytes)
     record, header = lay_out_record(recipe.model, kinds, name, dtype, encoding, *sizes)
     record.imported_unix_s = int(time.time())
@@ -213,7 +215,7 @@ def lay_out(
     steps = [*plan_bundles(units, record.bundle), *plan_resident(in_order, tensors, kinds)]
     tables = [lay_out_table(record, one, of_tables[one.name], tensors, block_bytes) for one in looked_up]
     record.tables.extend(table.record for table in tables)
-    return LaidOut(record, header, units, in_order, steps, tables, (*checkpoint.notes, *notes, *reasons))
+    return LaidOut(record, header, units, in_order, steps, tables, (*checkpoint.notes, *notes, *of_neurons, *reasons))
 
 
 def _check_space(record: weightd_pb2.Model, path: Path) -> int:

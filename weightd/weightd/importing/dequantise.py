@@ -13,7 +13,7 @@ from weightd.disk.tensors import SourceTensor
 from weightd.importing.plan import ElementRun
 from weightd.importing.quantised.kept_blocks import kept_blocks
 from weightd.importing.quantised.numbers import scaled_values
-from weightd_proto.encodings import BLOCK_FORMATS, DTYPES
+from weightd_proto.encodings import BLOCK_FORMATS, DTYPES, E4M3_MAX
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -67,13 +67,20 @@ def kept_rows(run: ElementRun, stored: Sequence[memoryview]) -> Elements:
 
 
 def first_unusable(format: str, data: Bytes) -> int | None:
-    """The first of the blocks whose scale is NaN or infinite. `data`: whole blocks, of any shape."""
+    """The first of the blocks whose scale is NaN or infinite, or of FP8 so large that a product with a code may be.
+
+    `data`: whole blocks, of any shape.
+    """
     record = BLOCK_FORMATS[format]
     blocks = data.reshape(-1, record.bytes)
     wrong = np.zeros(len(blocks), bool)
     for offset in record.scale_offsets:
         if record.scale_dtype == "F16":
             wrong |= blocks[:, offset + 1] & 0x7C == 0x7C  # all bits of the exponent
+        elif record.scale_dtype == "F32":
+            scales = np.ascontiguousarray(blocks[:, offset : offset + 4]).view("<f4")[:, 0]
+            with np.errstate(over="ignore"):
+                wrong |= ~np.isfinite(scales * np.float32(E4M3_MAX))
         else:
             assert record.scale_dtype == "F8_E8M0", f"scales of {record.scale_dtype}"
             wrong |= blocks[:, offset] == 0xFF  # the only one that is not a number

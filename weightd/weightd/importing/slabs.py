@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from weightd.errors import CheckpointError
 from weightd.importing.dequantise import first_unusable
+from weightd.importing.quantised.by_neuron import neuron_format
 from weightd.importing.units import Unit, UnitPart
 from weightd_proto.encodings import (
     COMPUTE_DTYPES,
@@ -90,9 +91,10 @@ def _kept(part: UnitPart, down: bool) -> Encoding:
 
 def _notes(units: Sequence[Unit], layers: Sequence[Sequence[Encoding]]) -> Iterator[str]:
     kept = dict.fromkeys(each.format for encodings in layers for each in encodings if not is_plain(each))
+    by_neuron = "--layout neuron" if neuron_format(units) else "--dtype bf16, int8 or int4"
     yield (
         f"the FFNs stay quantised as published ({', '.join(kept)}), for exact mode; for predict mode import with "
-        "--dtype bf16, int8 or int4"
+        f"{by_neuron}"
     )
     widened = dict.fromkeys(
         part.matrix.tensor.name
@@ -136,10 +138,16 @@ def cut_slabs(layout: BundleLayout, parts: Sequence[SlabPart], cells: Bytes, cou
         begin_bytes += values.shape[1]
 
 
-def cut_table_rows(layout: BundleLayout, rows: Bytes, cells: Bytes, count: int) -> None:
-    """Fills `cells` with `count` rows of a table in blocks, and with zeros. Raises UnusableScale."""
+def cut_rows(layout: BundleLayout, parts: Sequence[Bytes], cells: Bytes, count: int) -> None:
+    """Fills `cells` with `count` neurons, or rows of a table, and with zeros. `parts`: rows in blocks, of each part.
+
+    Raises UnusableScale.
+    """
     cells[:] = 0
-    _place(layout, layout.parts[0].encoding, rows.reshape(count, -1), cells, 0, 0)
+    begin_bytes = 0
+    for number, (part, rows) in enumerate(zip(layout.parts, parts, strict=True)):
+        _place(layout, part.encoding, rows.reshape(count, -1), cells, begin_bytes, number)
+        begin_bytes += rows.size // count
 
 
 def _place(

@@ -16,6 +16,7 @@ from weightd.errors import CheckpointError
 from weightd.importing.assembly import kept_format
 from weightd.importing.dequantise import dequantise
 from weightd.importing.plan import runs_of
+from weightd.importing.quantised.by_neuron import neuron_format
 from weightd.importing.slabs import Slabs, slabs_of
 from weightd.importing.units import Unit
 from weightd_proto.encodings import BLOCK_FORMATS, COMPUTE_DTYPES, LAYOUTS, QUANTISED_DTYPES, in_blocks, plain
@@ -76,6 +77,15 @@ def kept_slabs(units: Sequence[Unit], request: str, layout: str) -> tuple[Slabs 
             f"keep nothing: leave --layout {SLAB} out"
         )
     return slabs, () if slabs is None else slabs.notes
+
+
+def kept_neurons(units: Sequence[Unit], request: str, layout: str) -> tuple[Encoding | None, tuple[str, ...]]:
+    """The encoding of neurons that are kept as published one by one, where --dtype and --layout ask for that and it can
+    be. And what a user should know."""
+    format = neuron_format(units) if (request, layout) == (KEEP, NEURON) else ""
+    if not format:
+        return None, ()
+    return in_blocks(format), (f"the FFNs stay quantised as published ({format}), neuron by neuron",)
 
 
 def bundle_encoding(recipe: Recipe, request: str, dtype: str) -> Encoding:

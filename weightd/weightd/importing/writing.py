@@ -20,7 +20,8 @@ from weightd.errors import CheckpointError
 from weightd.importing.assembly import AssemblyStep, ResidentStep
 from weightd.importing.dequantise import Bytes, Elements, dequantise, first_unusable, kept_rows
 from weightd.importing.plan import BundleStep, ElementRun, HoldStep
-from weightd.importing.slabs import SlabPart, UnusableScale, cut_slabs, cut_table_rows
+from weightd.importing.quantised.by_neuron import columns_of
+from weightd.importing.slabs import SlabPart, UnusableScale, cut_rows, cut_slabs
 from weightd.importing.units import Unit
 from weightd.sizes import round_up
 from weightd.store.layout import native_shape
@@ -29,6 +30,7 @@ from weightd_proto import weightd_pb2
 from weightd_proto.encodings import (
     BLOCK_FORMATS,
     DTYPES,
+    QUANTISED_DTYPES,
     bundle_neurons,
     bundles_in,
     encodings_of,
@@ -137,9 +139,15 @@ class ModelWriter:
             return [not is_plain(self._held.encoding(step.unit, step.held))]
         if isinstance(step, BundleStep):
             for part, encoding in zip(step.parts, self._encodings(step.unit), strict=True):
-                if not part.columns and (self._layout.slab_neurons or self._is_table):
+                if not part.columns and self._keeps_blocks:
                     kept[part.index] = not is_plain(encoding)
         return kept
+
+    @property
+    def _keeps_blocks(self) -> bool:
+        """Whether bundles may hold blocks of the checkpoint, and none that the import makes."""
+        format = self._layout.parts[0].encoding.format
+        return bool(self._layout.slab_neurons) or self._is_table or format not in QUANTISED_DTYPES.values()
 
     @property
     def _is_table(self) -> bool:
@@ -160,8 +168,8 @@ class ModelWriter:
         checksums = self._checksums[unit.layer][position : position + count]
         if self._layout.slab_neurons:
             self._cut_slabs(step, runs, cells, checksums)
-        elif self._is_table and not is_plain(self._layout.parts[0].encoding):
-            self._cut_table_rows(step, runs, cells, checksums)
+        elif self._keeps_blocks and not is_plain(self._layout.parts[0].encoding):
+            self._cut_kept(step, runs, cells, checksums)
         else:
             self._cut(step, runs, cells, checksums)
         cell = position // self._layout.bundles_per_cell
@@ -190,15 +198,26 @@ class ModelWriter:
             raise _unusable_scale(tensor, encodings[error.part].format, where) from error
         _native.checksum_bundles(self._shape, cells, checksums)
 
-    def _cut_table_rows(
+    def _cut_kept(
         self, step: BundleStep, runs: list[Elements], cells: Bytes, checksums: npt.NDArray[np.uint64]
     ) -> None:
+        """Of a table's rows, or of single neurons whose columns have blocks, too."""
+        count, hidden = len(checksums), self._layout.hidden_size
+        parts = []
+        for part, encoding in zip(step.parts, self._encodings(step.unit), strict=True):
+            if part.columns:
+                matrix = self._held.matrix(step.unit, part.index)
+                neurons = part.first + np.arange(count) * part.step
+                parts.append(columns_of(matrix.data, matrix.dtype, hidden, neurons, encoding.format))
+            else:
+                rows = runs[part.index].data.reshape(-1, stored_bytes(encoding, hidden))
+                parts.append(rows[part.first :: part.step][:count])
         try:
-            cut_table_rows(self._layout, runs[0].data, cells, len(checksums))
+            cut_rows(self._layout, parts, cells, count)
         except UnusableScale as error:
-            (part,) = self._units[step.unit].parts
-            format = self._layout.parts[0].encoding.format
-            raise _unusable_scale(part.matrix.tensor, format, f"row {step.begin + error.slab}") from error
+            tensor = self._units[step.unit].parts[error.part].matrix.tensor
+            format = self._layout.parts[error.part].encoding.format
+            raise _unusable_scale(tensor, format, f"row {step.begin + error.slab}") from error
         _native.checksum_bundles(self._shape, cells, checksums)
 
     def _cut(self, step: BundleStep, runs: list[Elements], cells: Bytes, checksums: npt.NDArray[np.uint64]) -> None:
@@ -270,7 +289,10 @@ class _HeldMatrices:
         encodings = encodings_of(layout, self._record.layers[self._units[unit].layer])
         of_parts = zip(self._units[unit].parts, encodings, strict=True)
         encoding = next(each for part, each in of_parts if part.columns and part.matrix == matrix)
-        return encoding if layout.slab_neurons or is_plain(encoding) else plain(matrix.tensor.dtype)
+        if layout.slab_neurons or is_plain(encoding):
+            return encoding
+        made = encoding.format in QUANTISED_DTYPES.values()
+        return plain(matrix.tensor.dtype) if made else in_blocks(matrix.tensor.kept_format)
 
     def _sizes_bytes(self, unit: int) -> list[int]:
         encodings = [self.encoding(unit, number) for number in range(len(self._units[unit].held))]

@@ -1,13 +1,16 @@
-"""Which tensors are kept in blocks of GGML's formats that hold the same values, and these blocks.
+"""Which tensors are kept in blocks of formats that hold the same values, and these blocks.
 
     Q4_0    integers of 4 bits whose zero is 8
     Q5_0    integers of 4 bits with other zeros, which are subtracted: then they have 5 bits. Q4_1 has instead of the
             zero its product with the scale, which half precision holds for few scales.
     Q8_0    integers of 8 bits whose zero is 128, or 0 if they are signed
     MXFP4   floats of 4 bits with an exponent for 32
+    FP8     F8_E4M3, in blocks of 128 inputs, or of 32 where rows or scales have no whole blocks of 128
 
-A block of 32 inputs has one scale, in half precision. So groups must be whole blocks in order, and half precision must
-hold every scale. Whether it does is checked before anything is written.
+A block of inputs has one scale. So groups must be whole blocks in order. The scales of GGML's blocks are of half
+precision, which must hold every scale; whether it does is checked before anything is written. Those of FP8 are F32:
+what a publisher's tool multiplies by, so that code * scale in fp32 is the published value, whatever has a scale: a
+block of rows and columns, a row, or a tensor.
 """
 
 from __future__ import annotations
@@ -20,13 +23,15 @@ import numpy.typing as npt
 
 from weightd.disk.read_ahead import ReadAhead
 from weightd.disk.tensors import KEPT_VALUES, BlockScales, SourceTensor
+from weightd.errors import CheckpointError
 from weightd.importing.plan import ElementRun, runs_of
 from weightd.importing.quantised.numbers import as_floats, of_blocks, unpacked, zero_points
-from weightd_proto.encodings import BLOCK_FORMATS, PACKED_E2M1, plain
+from weightd_proto.encodings import BLOCK_FORMATS, E4M3_MAX, PACKED_E2M1, plain
 
 Bytes = npt.NDArray[np.uint8]
 
 MXFP4 = "MXFP4"
+FP8 = ("FP8_128", "FP8_32")  # the longest first
 INTEGERS = {4: "Q4_0", 8: "Q8_0"}  # by bits; the zero is the middle
 WITH_ZEROS = {"Q4_0": "Q5_0"}  # which holds any zeros of four bits
 
@@ -55,6 +60,10 @@ def _format(tensor: SourceTensor, scales: BlockScales) -> str:
     if tensor.encoding == PACKED_E2M1:
         exponents = scales.tensor.encoding in (plain("U8"), plain("F8_E8M0"))
         return MXFP4 if exponents and (scales.rows, scales.columns) == (1, KEPT_VALUES) else ""
+    if tensor.encoding == plain("F8_E4M3"):
+        columns = min(scales.columns, tensor.row_elements)
+        sizes = (tensor.row_elements, columns)
+        return next((name for name in FP8 if all(n % BLOCK_FORMATS[name].values == 0 for n in sizes)), FP8[-1])
     bits = 8 if tensor.encoding == plain("I8") else tensor.packing.bits if tensor.packing is not None else 0
     return INTEGERS.get(bits, "")
 
@@ -64,14 +73,14 @@ def _choice(tensor: SourceTensor, scales: BlockScales) -> tuple[str, str]:
     format = _format(tensor, scales)
     if not format:
         return "", f"no kernel computes on {_kind(tensor)}"
-    if scales.nested is not None or (scales.divisor, scales.multiplier) != (1, 1):
+    if format not in FP8 and (scales.nested is not None or (scales.divisor, scales.multiplier) != (1, 1)):
         return "", "its scales are products or quotients, which half precision does not hold"
     if scales.groups:
         return "", "groups are in another order than inputs (desc_act, actorder)"
     inputs, size = (tensor.rows, scales.rows) if scales.transposed else (tensor.row_elements, scales.columns)
     if inputs % KEPT_VALUES or size % KEPT_VALUES:
         return "", f"groups of {size} of {inputs} inputs are not whole blocks of {KEPT_VALUES}"
-    if format == MXFP4:
+    if format == MXFP4 or format in FP8:
         return format, ""
     middle = 0 if tensor.packing is None else 1 << (tensor.packing.bits - 1)
     least, greatest = _zeros_between(tensor, scales)
@@ -129,6 +138,8 @@ def kept_blocks(run: ElementRun, stored: Sequence[memoryview]) -> Bytes:
     assert scales is not None
     if scales.kept == MXFP4:
         return _mxfp4_blocks(stored)
+    if scales.kept in FP8:
+        return _fp8_blocks(run, stored)
     width, data = run.tensor.row_elements, np.frombuffer(stored[0], np.uint8)
     codes = data.view(np.uint8) if run.tensor.packing is None else unpacked(run.tensor.packing, data, width)
     factors, zeros = of_blocks(run, stored)
@@ -178,4 +189,32 @@ def _mxfp4_blocks(stored: Sequence[memoryview]) -> Bytes:
     blocks = np.empty((len(pairs), BLOCK_FORMATS[MXFP4].bytes), np.uint8)
     blocks[:, 0] = np.frombuffer(stored[1], np.uint8)
     blocks[:, 1:] = _halves(codes)
+    return blocks.reshape(-1)
+
+
+def _fp8_blocks(run: ElementRun, stored: Sequence[memoryview]) -> Bytes:
+    """CheckpointError for a code that stands for no number, and for a scale with which one would be infinite."""
+    scales, width = run.tensor.scales, run.tensor.row_elements
+    assert scales is not None
+    values = BLOCK_FORMATS[scales.kept].values
+    codes = np.frombuffer(stored[0], np.uint8).reshape(-1, width)
+    wrong = codes & 0x7F == 0x7F
+    if wrong.any():
+        row, column = divmod(int(np.argmax(wrong)), width)
+        raise CheckpointError(
+            f"{run.tensor.name} in {run.tensor.path} has a NaN in row {run.first_row + row}, column {column}: "
+            "download the file again"
+        )
+    factors, _ = of_blocks(run, stored)
+    with np.errstate(over="ignore"):
+        large = ~np.isfinite(factors * np.float32(E4M3_MAX))
+    if large.any():
+        raise CheckpointError(
+            f"{scales.tensor.name} in {scales.tensor.path} has a scale of {factors[large][0]:.3g}, whose products are "
+            "infinite: download the file again"
+        )
+    spread = factors[:, np.arange(0, width, values) // scales.columns]
+    blocks = np.empty((*spread.shape, BLOCK_FORMATS[scales.kept].bytes), np.uint8)
+    blocks[..., :4] = np.ascontiguousarray(spread, "<f4").view(np.uint8).reshape(*spread.shape, 4)
+    blocks[..., 4:] = codes.reshape(*spread.shape, values)
     return blocks.reshape(-1)
