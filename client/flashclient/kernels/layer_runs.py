@@ -182,7 +182,9 @@ class NativeStack(Native):
     def _may_run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch._C._len_torch_function_stack():
             return False
-        given = (*self.stack_names[: len(args)], *(name for name, value in kwargs.items() if value is not None))
+        # A flag that is off asks for nothing: mixtures are called with output_router_logits=False.
+        asked = (name for name, value in kwargs.items() if value is not None and value is not False)
+        given = (*self.stack_names[: len(args)], *asked)
         known = len(args) <= len(self.stack_names) and all(name in TRIED_ARGUMENTS for name in given)
         return known and not self.training and _forward_of(self) is self.stack_forward
 

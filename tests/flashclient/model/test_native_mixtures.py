@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from flashclient import FlashClient
 from flashclient.kernels.growing_cache import GrowingCache
+from flashclient.model.streamed_experts import RoutedExperts
 from weightd.importing.convert import import_checkpoint
 from weightd.store.store import Store
 
@@ -65,13 +66,25 @@ def passes(model: Any) -> Tensor:
 
 @pytest.mark.parametrize("transport", ["shm", "grpc"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_bits_are_those_of_the_parts(address: str, dtype: str, transport: str, parts: list[Any]) -> None:
+def test_bits_are_those_of_the_parts(
+    address: str, dtype: str, transport: str, parts: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[list[int]] = []  # the layers of each native call
+    within = RoutedExperts.within
+
+    def noting(experts: RoutedExperts, layers: Sequence[int], compute: Any) -> None:
+        calls.append(list(layers))
+        within(experts, layers, compute)
+
+    monkeypatch.setattr(RoutedExperts, "within", noting)
     with FlashClient(dtype, address=address, transport=transport) as client:
         model: Any = client.model
         passes(model)  # in the first, routers are found
         parts.clear()
+        calls.clear()
         whole = passes(model)
         assert not parts
+        assert calls == [[0], [1], [2], *[[0, 1, 2]] * 5], "the layers of a small step are one call"
         for layer in model.model.layers:
             layer.__dict__["mixture"] = None
         assert torch.equal(passes(model), whole)
