@@ -38,7 +38,7 @@ inline Dtype compute_dtype_named(std::string_view name) {
     throw std::invalid_argument("unknown dtype '" + std::string(name) + "': want F32, BF16 or F16");
 }
 
-// Formats whose blocks hold their own scales: those of GGML, and FP8.
+// Formats whose blocks hold their own scales: those of GGML, FP8 and NVFP4.
 enum class BlockFormat : uint8_t {
     q8_0,
     q4_0,
@@ -54,7 +54,9 @@ enum class BlockFormat : uint8_t {
     q6_k,
     iq4_xs,
     fp8_128,
-    fp8_32
+    fp8_32,
+    nvfp4_256,
+    nvfp4_32
 };
 
 struct BlockRecord {
@@ -64,10 +66,10 @@ struct BlockRecord {
 };
 
 inline constexpr BlockRecord BLOCK_FORMATS[] = {
-    {"Q8_0", 32, 34},     {"Q4_0", 32, 18},      {"Q4_1", 32, 20},   {"IQ4_NL", 32, 18},
-    {"Q5_0", 32, 22},     {"Q5_1", 32, 24},      {"MXFP4", 32, 17},  {"Q2_K", 256, 84},
-    {"Q3_K", 256, 110},   {"Q4_K", 256, 144},    {"Q5_K", 256, 176}, {"Q6_K", 256, 210},
-    {"IQ4_XS", 256, 136}, {"FP8_128", 128, 132}, {"FP8_32", 32, 36}};  // in the order of BlockFormat
+    {"Q8_0", 32, 34},        {"Q4_0", 32, 18},    {"Q4_1", 32, 20},     {"IQ4_NL", 32, 18},    {"Q5_0", 32, 22},
+    {"Q5_1", 32, 24},        {"MXFP4", 32, 17},   {"Q2_K", 256, 84},    {"Q3_K", 256, 110},    {"Q4_K", 256, 144},
+    {"Q5_K", 256, 176},      {"Q6_K", 256, 210},  {"IQ4_XS", 256, 136}, {"FP8_128", 128, 132}, {"FP8_32", 32, 36},
+    {"NVFP4_256", 256, 148}, {"NVFP4_32", 32, 22}};  // in the order of BlockFormat
 
 // Neurons of a slab. Fewer would make rows of down too short for vectors; the most are those of the largest block.
 inline constexpr size_t SLAB_NEURONS_MIN = 32, SLAB_NEURONS_MAX = 256;

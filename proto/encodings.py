@@ -58,7 +58,7 @@ class BlockLayout(NamedTuple):
     scale_dtype: str = "F16"
 
 
-# Those that kernels compute with: GGML's, and FP8 as DeepSeek and others publish it: F8_E4M3, whose scale is F32.
+# Those that kernels compute with: GGML's, FP8 (F8_E4M3) and NVFP4 (E2M1, with scales of F8_E4M3 for 16 and one of F32).
 BLOCK_FORMATS = {
     "Q8_0": BlockLayout(32, 34, (0,)),
     "Q4_0": BlockLayout(32, 18, (0,)),
@@ -75,6 +75,8 @@ BLOCK_FORMATS = {
     "IQ4_XS": BlockLayout(256, 136, (0,)),
     "FP8_128": BlockLayout(128, 132, (0,), "F32"),
     "FP8_32": BlockLayout(32, 36, (0,), "F32"),
+    "NVFP4_256": BlockLayout(256, 148, (0,), "F32"),
+    "NVFP4_32": BlockLayout(32, 22, (0,), "F32"),
 }
 E4M3_MAX = 448  # the greatest number of F8_E4M3
 # What `weightd import --dtype` quantises bundles to. Of 4 bits IQ4_NL has the smallest error: see README.md.

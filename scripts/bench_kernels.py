@@ -61,6 +61,8 @@ TOKENS = (1, 16)
 HEADS, HEAD_ELEMENTS = 32, 64  # OPT-1.3B
 
 
+OF_F32 = [format for format, record in BLOCK_FORMATS.items() if record.scale_dtype == "F32"]
+
 Item = TypeVar("Item")
 
 
@@ -155,7 +157,7 @@ def sparse_row(arena: Arena, hidden_size: int, gated: bool, tokens: int = 1, rou
 def fill_for(arena: Arena, encoding: Encoding) -> None:
     """Bytes are those of bfloat16 of 1 / 128 to 1, halves of 1 / 64 to 1 / 32, and exponents of 2^-11 to 2^-8. Zeros
     would not be read, and much smaller numbers would make subnormal ones, with which processors are slow."""
-    least = {"BF16": 0x3C, "FP8_128": 0x3C, "FP8_32": 0x3C, "MXFP4": 0x74}.get(encoding.format, 0x24)
+    least = {"BF16": 0x3C, "MXFP4": 0x74}.get(encoding.format, 0x3C if encoding.format in OF_F32 else 0x24)
     arena.fill(np.random.default_rng(0).integers(least, least + 4, 2**20 + 1, np.uint8))
 
 

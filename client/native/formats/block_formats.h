@@ -1,5 +1,5 @@
-// Quantised formats, GGML's and FP8: blocks of values that share scales. Each is decoded a vector at a time, to the
-// bits that gguf-py's dequantize() or transformers gives. To add one, see "Encodings" in proto/README.md.
+// Quantised formats, GGML's, FP8 and NVFP4: blocks of values that share scales. Each is decoded a vector at a time, to
+// the bits that gguf-py's dequantize() or transformers gives. To add one, see "Encodings" in proto/README.md.
 //
 // Compiled once per instruction set, after codes_*.h, which says what vectors can do. A format is a struct with
 //   VALUES, BYTES   of a block
@@ -148,6 +148,53 @@ struct BlockFp8 {
     LANE BlockFp8(const uint8_t* block, Scales of, size_t group)
         : codes(block + sizeof(float) + group * GROUP), scale(of.scale) {}
     LANE Lane lane(size_t first) const { return multiply(unscaled_e4m3(codes + first), scale); }
+};
+
+// Of NVFP4, half of each scale, since the numbers below are doubled: a number of F8_E4M3 times the tensor's one, or
+// divided by it where that is negative, as one publisher multiplies and another divides.
+template <size_t count>
+struct ScalesOfNvfp4 {
+    static constexpr size_t SOME = count < Lane::WIDTH ? Lane::WIDTH : count;
+    float scale[SOME];
+
+    LANE static ScalesOfNvfp4 of(const uint8_t* block) {
+        constexpr float UNSCALED = E4M3_SCALE / 2;
+        ScalesOfNvfp4 scales;
+        float whole;
+        std::memcpy(&whole, block, sizeof(whole));
+        const uint8_t* of_groups = block + sizeof(whole);
+        uint8_t padded[SOME] = {};
+        if constexpr (count < SOME) {
+            std::memcpy(padded, of_groups, count);
+            of_groups = padded;
+        }
+        for (size_t i = 0; i < count; i += Lane::WIDTH) {
+            const Lane numbers = unscaled_e4m3(of_groups + i);
+            const Lane scaled = whole < 0 ? divide(numbers, Lane::all(-whole / UNSCALED))
+                                          : multiply(numbers, Lane::all(whole * UNSCALED));
+            scaled.store(scales.scale + i);
+        }
+        return scales;
+    }
+};
+
+// value = scale * number; a scale for 16 values. Codes lie as in MXFP4, 32 in 16 bytes.
+template <size_t values>
+struct BlockNvfp4 {
+    static constexpr size_t VALUES = values, GROUP = 32, SCALES = values / 16;
+    static constexpr size_t BYTES = sizeof(float) + SCALES + values / 2;
+    using Scales = ScalesOfNvfp4<SCALES>;
+    const uint8_t* codes;
+    Sixteen lower;
+    Sixteen upper;
+
+    LANE BlockNvfp4(const uint8_t* block, const Scales& of, size_t group)
+        : codes(block + sizeof(float) + SCALES + group * GROUP / 2),
+          lower(E2M1_NUMBERS, Lane::all(of.scale[2 * group])),
+          upper(E2M1_NUMBERS, Lane::all(of.scale[2 * group + 1])) {}
+    LANE Lane lane(size_t first) const {
+        return (first < 16 ? lower : upper).of_halves(codes + first % 16, first / 16);
+    }
 };
 
 }  // namespace

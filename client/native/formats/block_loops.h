@@ -275,6 +275,10 @@ const Kernels* table_for(BlockFormat format, const char* instruction_set) {
             return table_of_blocks<BlockFp8<128>>(instruction_set);
         case BlockFormat::fp8_32:
             return table_of_blocks<BlockFp8<32>>(instruction_set);
+        case BlockFormat::nvfp4_256:
+            return table_of_blocks<BlockNvfp4<256>>(instruction_set);
+        case BlockFormat::nvfp4_32:
+            return table_of_blocks<BlockNvfp4<32>>(instruction_set);
     }
     return nullptr;
 }

@@ -367,5 +367,70 @@ struct Codes<BlockFormat::iq4_xs> {
     }
 };
 
+// Numbers of F8_E4M3 in the upper bytes of words, divided by E4M3_SCALE.
+LANE __m512 unscaled_e4m3_of_words(__m256i words) {
+    const __m256i mask = _mm256_set1_epi16(static_cast<short>(E4M3_BITS & ~0x7f));  // without the lower bytes
+    return _mm512_cvtph_ps(_mm256_and_si256(_mm256_srai_epi16(words, 1), mask));
+}
+
+// What scales of NVFP4 are multiplied by, by the factors of tensors: see ScalesOfNvfp4 in block_formats.h. A quotient
+// is the product with the inverse here, which rounds once more.
+LANE __m512 factors_of_nvfp4(__m512 wholes) {
+    const __m512 unscaled = _mm512_set1_ps(E4M3_SCALE / 2);
+    const __mmask16 divide = _mm512_cmp_ps_mask(wholes, _mm512_setzero_ps(), _CMP_LT_OQ);
+    const __m512 products = _mm512_mul_ps(wholes, unscaled);
+    if (divide == 0) return products;
+    return _mm512_mask_div_ps(products, divide, _mm512_sub_ps(_mm512_setzero_ps(), unscaled), wholes);
+}
+
+// Blocks of E2M1 with a scale for each half of a unit.
+struct Nvfp4 {
+    static constexpr size_t PARTS = 2;
+    static constexpr int ZERO = 16;
+    static constexpr bool LEAST = false, IN_ORDER = false, FOLDED = false;
+
+    // `pairs`: the scales of both halves, [unit][row].
+    LANE static void scale(__m256i pairs, __m512 factors, QuadScales<2>& of) {
+        of.scale[0] = _mm512_mul_ps(unscaled_e4m3_of_words(_mm256_slli_epi16(pairs, 8)), factors);
+        of.scale[1] = _mm512_mul_ps(unscaled_e4m3_of_words(pairs), factors);
+    }
+};
+
+template <>
+struct Codes<BlockFormat::nvfp4_256> : Nvfp4 {
+    template <size_t half>
+    LANE static StretchCodes codes(const uint8_t* at) {
+        return looked_up_halves(at + 20 + half * 64, 16, E2M1_ABOVE);
+    }
+    template <size_t half>
+    LANE static void scales(QuadBlocks at, QuadScales<2>& of) {
+        const __m512i rows = of_four_rows(at, 4);
+        const __m256i place = _mm256_setr_epi16(0, 8, 16, 24, 1, 9, 17, 25, 2, 10, 18, 26, 3, 11, 19, 27);
+        const __m256i words = _mm256_add_epi16(place, _mm256_set1_epi16(4 * half));
+        float wholes[QUAD];
+        for (size_t r = 0; r < QUAD; r++) std::memcpy(&wholes[r], at[r], sizeof(wholes[r]));
+        const __m512 of_units = _mm512_broadcast_f32x4(_mm_setr_ps(wholes[0], wholes[1], wholes[2], wholes[3]));
+        const __m512i pairs = _mm512_permutexvar_epi16(_mm512_castsi256_si512(words), rows);
+        scale(_mm512_castsi512_si256(pairs), factors_of_nvfp4(of_units), of);
+    }
+};
+
+template <>
+struct Codes<BlockFormat::nvfp4_32> : Nvfp4 {
+    static constexpr size_t BYTES = record_of<BlockFormat::nvfp4_32>().bytes;
+    template <size_t half>
+    LANE static StretchCodes codes(const uint8_t* at) {
+        return looked_up_halves(at + 6, BYTES, E2M1_ABOVE);
+    }
+    template <size_t half>
+    LANE static void scales(QuadBlocks at, QuadScales<2>& of) {
+        alignas(64) float wholes[UNITS][QUAD];
+        for (size_t i = 0; i < UNITS * QUAD; i++) {
+            std::memcpy(&wholes[i / QUAD][i % QUAD], at[i % QUAD] + i / QUAD * BYTES, sizeof(float));
+        }
+        scale(pairs_of_blocks<4, BYTES>(at), factors_of_nvfp4(_mm512_load_ps(wholes[0])), of);
+    }
+};
+
 }  // namespace
 }  // namespace flashclient

@@ -159,6 +159,8 @@ FAR = "1" + "0" * 400
         ("float8", with_value(f"{UP}.weight", np.nan), {}, rf"{UP}\.weight in .* has a NaN in row 0, column 3: d"),
         ("float8", with_value(f"{UP}.weight_scale", 1e37), {}, rf"{UP}\.weight_scale in .* has a scale of 1e\+37"),
         ("float8", with_value(f"{UP}.weight_scale", np.inf), {}, rf"{UP}\.weight_scale in .* has a scale that is NaN"),
+        ("nvfp4", with_value(f"{UP}.weight_scale", np.nan), {}, rf"{UP}\.weight_scale in .* has a scale that is NaN"),
+        ("nvfp4", lambda tensors: tensors[f"{UP}.weight_global_scale"].fill_(1e-37), {}, r"products are infinite"),
         ("nvfp4", shaped(f"{UP}.weight_packed", 96), {}, rf"are no scales of {UP}\.weight_packed \[192\]"),
         ("nvfp4", shaped(f"{UP}.weight_packed"), {}, rf"are no scales of {UP}\.weight_packed \[\]"),
         ("gptq", with_value(f"{UP}.g_idx", 2), {"group_size": int(FAR)}, r"names a group beyond|no scales of"),

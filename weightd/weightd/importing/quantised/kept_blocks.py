@@ -6,11 +6,14 @@
     Q8_0    integers of 8 bits whose zero is 128, or 0 if they are signed
     MXFP4   floats of 4 bits with an exponent for 32
     FP8     F8_E4M3, in blocks of 128 inputs, or of 32 where rows or scales have no whole blocks of 128
+    NVFP4   floats of 4 bits with a scale of F8_E4M3 for 16, in blocks of 256 inputs, or of 32
 
 A block of inputs has one scale. So groups must be whole blocks in order. The scales of GGML's blocks are of half
 precision, which must hold every scale; whether it does is checked before anything is written. Those of FP8 are F32:
 what a publisher's tool multiplies by, so that code * scale in fp32 is the published value, whatever has a scale: a
-block of rows and columns, a row, or a tensor.
+block of rows and columns, a row, or a tensor. Blocks of NVFP4 have the F32 scale of the tensor. Scales for 16 are
+multiplied by it; they are divided by its size where it is negative, since compressed-tensors divides, and the product
+with the inverse is another number.
 """
 
 from __future__ import annotations
@@ -30,8 +33,10 @@ from weightd_proto.encodings import BLOCK_FORMATS, E4M3_MAX, PACKED_E2M1, plain
 
 Bytes = npt.NDArray[np.uint8]
 
+NVFP4_VALUES, E2M1_MAX = 16, 6  # numbers that share a scale; the greatest
 MXFP4 = "MXFP4"
 FP8 = ("FP8_128", "FP8_32")  # the longest first
+NVFP4 = ("NVFP4_256", "NVFP4_32")
 INTEGERS = {4: "Q4_0", 8: "Q8_0"}  # by bits; the zero is the middle
 WITH_ZEROS = {"Q4_0": "Q5_0"}  # which holds any zeros of four bits
 
@@ -59,13 +64,18 @@ def _format(tensor: SourceTensor, scales: BlockScales) -> str:
     """Which would hold the numbers, or nothing."""
     if tensor.encoding == PACKED_E2M1:
         exponents = scales.tensor.encoding in (plain("U8"), plain("F8_E8M0"))
+        if scales.tensor.encoding == plain("F8_E4M3") and (scales.rows, scales.columns) == (1, NVFP4_VALUES):
+            return _longest(NVFP4, tensor.row_elements)
         return MXFP4 if exponents and (scales.rows, scales.columns) == (1, KEPT_VALUES) else ""
     if tensor.encoding == plain("F8_E4M3"):
-        columns = min(scales.columns, tensor.row_elements)
-        sizes = (tensor.row_elements, columns)
-        return next((name for name in FP8 if all(n % BLOCK_FORMATS[name].values == 0 for n in sizes)), FP8[-1])
+        return _longest(FP8, tensor.row_elements, min(scales.columns, tensor.row_elements))
     bits = 8 if tensor.encoding == plain("I8") else tensor.packing.bits if tensor.packing is not None else 0
     return INTEGERS.get(bits, "")
+
+
+def _longest(formats: Sequence[str], *sizes: int) -> str:
+    """The first of the formats whose blocks divide all sizes, or the last."""
+    return next((name for name in formats if all(n % BLOCK_FORMATS[name].values == 0 for n in sizes)), formats[-1])
 
 
 def _choice(tensor: SourceTensor, scales: BlockScales) -> tuple[str, str]:
@@ -73,14 +83,16 @@ def _choice(tensor: SourceTensor, scales: BlockScales) -> tuple[str, str]:
     format = _format(tensor, scales)
     if not format:
         return "", f"no kernel computes on {_kind(tensor)}"
-    if format not in FP8 and (scales.nested is not None or (scales.divisor, scales.multiplier) != (1, 1)):
+    if format not in (*FP8, *NVFP4) and (scales.nested is not None or (scales.divisor, scales.multiplier) != (1, 1)):
         return "", "its scales are products or quotients, which half precision does not hold"
     if scales.groups:
         return "", "groups are in another order than inputs (desc_act, actorder)"
     inputs, size = (tensor.rows, scales.rows) if scales.transposed else (tensor.row_elements, scales.columns)
+    if format in NVFP4:
+        size = KEPT_VALUES  # a block has the scales of several groups
     if inputs % KEPT_VALUES or size % KEPT_VALUES:
         return "", f"groups of {size} of {inputs} inputs are not whole blocks of {KEPT_VALUES}"
-    if format == MXFP4 or format in FP8:
+    if format in (MXFP4, *FP8, *NVFP4):
         return format, ""
     middle = 0 if tensor.packing is None else 1 << (tensor.packing.bits - 1)
     least, greatest = _zeros_between(tensor, scales)
@@ -140,6 +152,8 @@ def kept_blocks(run: ElementRun, stored: Sequence[memoryview]) -> Bytes:
         return _mxfp4_blocks(stored)
     if scales.kept in FP8:
         return _fp8_blocks(run, stored)
+    if scales.kept in NVFP4:
+        return _nvfp4_blocks(run, stored)
     width, data = run.tensor.row_elements, np.frombuffer(stored[0], np.uint8)
     codes = data.view(np.uint8) if run.tensor.packing is None else unpacked(run.tensor.packing, data, width)
     factors, zeros = of_blocks(run, stored)
@@ -183,12 +197,39 @@ def _blocks(format: str, factors: npt.NDArray[np.float32], codes: Bytes) -> Byte
 
 def _mxfp4_blocks(stored: Sequence[memoryview]) -> Bytes:
     """Rows of PACKED_E2M1 with an exponent for 32 values. `stored`: values and exponents."""
-    pairs = np.frombuffer(stored[0], np.uint8).reshape(-1, KEPT_VALUES // 2)
+    codes = _codes_of_pairs(stored[0])
+    blocks = np.empty((len(codes), BLOCK_FORMATS[MXFP4].bytes), np.uint8)
+    blocks[:, 0] = np.frombuffer(stored[1], np.uint8)
+    blocks[:, 1:] = codes
+    return blocks.reshape(-1)
+
+
+def _codes_of_pairs(stored: memoryview) -> Bytes:
+    """Those of each block of 32, of which half are in the lower halves of bytes: [blocks, 16]."""
+    pairs = np.frombuffer(stored, np.uint8).reshape(-1, KEPT_VALUES // 2)
     codes = np.empty((len(pairs), KEPT_VALUES), np.uint8)
     codes[:, 0::2], codes[:, 1::2] = pairs & 15, pairs >> 4
-    blocks = np.empty((len(pairs), BLOCK_FORMATS[MXFP4].bytes), np.uint8)
-    blocks[:, 0] = np.frombuffer(stored[1], np.uint8)
-    blocks[:, 1:] = _halves(codes)
+    return _halves(codes)
+
+
+def _nvfp4_blocks(run: ElementRun, stored: Sequence[memoryview]) -> Bytes:
+    """CheckpointError for a scale that stands for no number, and for one with which a number would be infinite."""
+    scales = run.tensor.scales
+    assert scales is not None
+    values = BLOCK_FORMATS[scales.kept].values
+    of_groups = np.frombuffer(stored[1], np.uint8).reshape(-1, values // NVFP4_VALUES)
+    with np.errstate(over="ignore"):
+        factors, _ = of_blocks(run, stored)  # refuses NaN
+        if not np.isfinite(factors * np.float32(E2M1_MAX)).all():
+            raise CheckpointError(
+                f"{scales.tensor.name} in {scales.tensor.path} has a scale of {factors.max():.3g}, whose products are "
+                "infinite: download the file again"
+            )
+    whole = scales.multiplier if scales.divisor == 1 else -scales.divisor
+    blocks = np.empty((len(of_groups), BLOCK_FORMATS[scales.kept].bytes), np.uint8)
+    blocks[:, :4] = np.array([whole], "<f4").view(np.uint8)
+    blocks[:, 4 : 4 + of_groups.shape[1]] = of_groups
+    blocks[:, 4 + of_groups.shape[1] :] = _codes_of_pairs(stored[0]).reshape(len(of_groups), -1)
     return blocks.reshape(-1)
 
 
