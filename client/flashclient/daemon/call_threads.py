@@ -8,6 +8,7 @@ thread only waits for the answer, in a queue that is written in C.
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -21,7 +22,10 @@ Outcome = tuple[Any, BaseException | None]
 
 
 class CallThreads:
-    """Makes calls that the main thread asks for. Other threads, and a child after fork(), make theirs themselves."""
+    """Makes calls that the main thread asks for. Other threads, and a child after fork(), make theirs themselves.
+
+    So does an interpreter that is ending: its other threads run no more, and to start one would wait for ever.
+    """
 
     def __init__(self) -> None:
         self._process = os.getpid()
@@ -49,6 +53,8 @@ class CallThreads:
                 (self._idle[-1] if self._idle else _CallThread()).begin(last.clear)
 
     def _interruptible(self) -> bool:
+        if sys.is_finalizing():
+            return False
         return threading.current_thread() is threading.main_thread() and os.getpid() == self._process
 
     def close(self) -> None:
