@@ -38,12 +38,12 @@ from benchmarks.processes import BenchError
 from benchmarks.report import Row, Target, machine_facts, report
 from paper.peers import BESIDE_WEIGHTS_BYTES
 from paper.rows import COLD, RowPlan, Work, costs, run_row
-from planted.dense import EMBEDDING, bytes_of, dense_config, write_dense_gguf
+from planted.dense import EMBEDDING, bytes_of, dense_config
 from planted.plan import SHAPES
 from planted.quantised_dense import QUANTISED, quantised_store
 from planted.shapes import checkpoint_shapes
 from planted.shards import write_json
-from planted.store import PlantedStore, cut, dense_store
+from planted.store import PlantedStore, cut, dense_gguf, dense_store
 
 from weightd.store.store import Store
 
@@ -87,7 +87,7 @@ def measure(options: argparse.Namespace) -> tuple[Row, list[Row], list[Target]]:
     machine = machine_facts(options.folder) | {"shape": options.shape, "threads": torch.get_num_threads()}
     bundles = Store.open(work.store, readonly=True).bundles_path(work.model)
     memory_bytes = work.dram_bytes(EXACT.memory) + BESIDE_WEIGHTS_BYTES
-    peer = None if options.no_peers else llama_task(options, work, vocabulary)
+    peer = None if options.no_peers else llama_task(options, dense, work, vocabulary)
 
     def fio() -> float:
         return read_fio(bundles, SEQUENTIAL, FIO_SECONDS).gb_per_s
@@ -115,14 +115,11 @@ def prepare(options: argparse.Namespace) -> tuple[PlantedStore, int, int]:
     return dense, bytes_of(size for name, size in sizes.items() if name != EMBEDDING), shape.vocabulary
 
 
-def llama_task(options: argparse.Namespace, work: Work, vocabulary: int) -> LlamaTask:
+def llama_task(options: argparse.Namespace, stored: PlantedStore, work: Work, vocabulary: int) -> LlamaTask:
     """The same tokens for llama.cpp. Makes its file and environment if they are missing."""
-    gguf = work.checkpoint
     python = llama_python(options.llama_cpp)
-    if gguf.is_dir():
-        gguf = gguf.with_name(f"gguf-{work.model}") / f"{work.model}.gguf"
-        if not gguf.exists():
-            write_dense_gguf(cut(options.shape, options.layers)[0], work.checkpoint, gguf)
+    is_gguf = not stored.checkpoint.is_dir()
+    gguf = stored.checkpoint if is_gguf else dense_gguf(stored, options.shape, options.layers)
     plan = gguf.with_name("ids.json")
     new_tokens = min(work.dense_tokens, LLAMA_TOKENS)
     parts = (work.prompt_tokens, work.seed), (new_tokens, work.seed + 1)

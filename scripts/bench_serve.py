@@ -43,11 +43,11 @@ from make_planted_model import make_planted_model
 from moe.files import MixtureFiles, mixture_files
 from openai import AsyncOpenAI
 from paper.peers import BESIDE_WEIGHTS_BYTES
-from planted.dense import write_dense_gguf, write_tokenizer
+from planted.dense import write_tokenizer
 from planted.gguf_file import TEXTS_FROM
 from planted.mixture import MIXTURES
 from planted.plan import SHAPES
-from planted.store import PlantedStore, cut, dense_store, planted_store
+from planted.store import PlantedStore, cut, dense_gguf, dense_store, planted_store
 
 OURS, LLAMA = "weightd", "llama.cpp"
 EXACT, PREDICT, MIXTURE = "exact", "predict", "mixture"
@@ -165,10 +165,7 @@ def _gguf(options: argparse.Namespace, planted: PlantedStore) -> Path:
     if isinstance(planted, MixtureFiles):
         planted.converted()
         return planted.gguf
-    path = planted.checkpoint.with_name(f"gguf-{planted.name}") / f"{planted.name}.gguf"
-    if not path.exists():
-        write_dense_gguf(cut(options.shape, options.layers)[0], planted.checkpoint, path)
-    return path
+    return dense_gguf(planted, options.shape, options.layers)
 
 
 def _kept_flags(options: argparse.Namespace) -> list[str]:

@@ -11,7 +11,7 @@ from benchmarks.processes import BenchError, serving
 from make_planted_model import make_planted_model
 
 from planted.calibration import publish_planted, read_plan
-from planted.dense import make_dense_model
+from planted.dense import make_dense_model, write_dense_gguf
 from planted.plan import SHAPES, Shape
 from weightd.serving.served_models import demand_of
 from weightd.store.store import Store
@@ -92,6 +92,14 @@ def dense_store(shape: str, folder: Path, layers: int | None = None) -> PlantedS
         make_dense_model(made, dense.checkpoint)
     import_once(dense)
     return dense
+
+
+def dense_gguf(dense: PlantedStore, shape: str, layers: int | None) -> Path:
+    """The weights of a dense_store() in a file for llama.cpp, beside the checkpoint. Makes it if it is missing."""
+    path = dense.checkpoint.with_name(f"gguf-{dense.name}") / f"{dense.name}.gguf"
+    if not path.exists():
+        write_dense_gguf(cut(shape, layers)[0], dense.checkpoint, path)
+    return path
 
 
 def cut(shape: str, layers: int | None) -> tuple[Shape, str]:

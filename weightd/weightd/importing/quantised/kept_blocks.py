@@ -219,18 +219,24 @@ def _nvfp4_blocks(run: ElementRun, stored: Sequence[memoryview]) -> Bytes:
     values = BLOCK_FORMATS[scales.kept].values
     of_groups = np.frombuffer(stored[1], np.uint8).reshape(-1, values // NVFP4_VALUES)
     with np.errstate(over="ignore"):
-        factors, _ = of_blocks(run, stored)  # refuses NaN
-        if not np.isfinite(factors * np.float32(E2M1_MAX)).all():
-            raise CheckpointError(
-                f"{scales.tensor.name} in {scales.tensor.path} has a scale of {factors.max():.3g}, whose products are "
-                "infinite: download the file again"
-            )
+        _require_finite(scales, of_blocks(run, stored)[0], E2M1_MAX)
     whole = scales.multiplier if scales.divisor == 1 else -scales.divisor
     blocks = np.empty((len(of_groups), BLOCK_FORMATS[scales.kept].bytes), np.uint8)
     blocks[:, :4] = np.array([whole], "<f4").view(np.uint8)
     blocks[:, 4 : 4 + of_groups.shape[1]] = of_groups
     blocks[:, 4 + of_groups.shape[1] :] = _codes_of_pairs(stored[0]).reshape(len(of_groups), -1)
     return blocks.reshape(-1)
+
+
+def _require_finite(scales: BlockScales, factors: npt.NDArray[np.float32], greatest: float) -> None:
+    """CheckpointError where the greatest number times a scale is infinite."""
+    with np.errstate(over="ignore"):
+        large = ~np.isfinite(factors * np.float32(greatest))
+    if large.any():
+        raise CheckpointError(
+            f"{scales.tensor.name} in {scales.tensor.path} has a scale of {factors[large][0]:.3g}, whose products are "
+            "infinite: download the file again"
+        )
 
 
 def _fp8_blocks(run: ElementRun, stored: Sequence[memoryview]) -> Bytes:
@@ -247,13 +253,7 @@ def _fp8_blocks(run: ElementRun, stored: Sequence[memoryview]) -> Bytes:
             "download the file again"
         )
     factors, _ = of_blocks(run, stored)
-    with np.errstate(over="ignore"):
-        large = ~np.isfinite(factors * np.float32(E4M3_MAX))
-    if large.any():
-        raise CheckpointError(
-            f"{scales.tensor.name} in {scales.tensor.path} has a scale of {factors[large][0]:.3g}, whose products are "
-            "infinite: download the file again"
-        )
+    _require_finite(scales, factors, E4M3_MAX)
     spread = factors[:, np.arange(0, width, values) // scales.columns]
     blocks = np.empty((*spread.shape, BLOCK_FORMATS[scales.kept].bytes), np.uint8)
     blocks[..., :4] = np.ascontiguousarray(spread, "<f4").view(np.uint8).reshape(*spread.shape, 4)
