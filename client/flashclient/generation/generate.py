@@ -386,7 +386,7 @@ def _is_unset(name: str, value: Any) -> bool:
 
 
 def _ids(tokens: Any) -> list[int] | None:
-    return None if tokens is None else [int(token) for token in np.atleast_1d(np.asarray(tokens))]
+    return None if tokens is None else [int(token) for token in np.asarray(tokens).ravel()]
 
 
 def _fill(config: GenerationConfig) -> int | None:

@@ -15,11 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import GenerationConfig
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from flashclient._native import Workers
-from flashclient.model.build import build_model
+from flashclient.model.build import build_model, read_generation_config
 from flashclient.model.loaded import load_tokenizer
 from flashclient.source.repeated import RepeatedSource, memory_bytes_min
 from weightd_proto import weightd_pb2
@@ -49,8 +48,7 @@ def rehearse(record: weightd_pb2.Model, folder: Path) -> None:
     """
     source: Any = _zeros(record)
     with _blamed(folder / GENERATION_CONFIG_NAME):
-        if (folder / GENERATION_CONFIG_NAME).exists():
-            GenerationConfig.from_pretrained(folder)
+        read_generation_config(folder)
     with _blamed(folder / CONFIG_NAME):
         model: Any = build_model(record, folder, source, source.placement, Workers(1)).model
         ids = torch.zeros(1, PROMPT_TOKENS, dtype=torch.int64)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from flashclient._native import Ffn, Workers
 from flashclient.errors import ModelError, some
@@ -135,8 +136,7 @@ def build_model(
     install_ffns(model, record, placement, tensors, ffn)
     install_tables(model, record, source.tables)
     _assign(model, tensors, record)
-    if (folder / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.generation_config = read_generation_config(folder)
     use_fast_linears(model, workers)
     settle_encoded_weights(model)
     use_native_norms(model, workers)
@@ -152,6 +152,13 @@ def build_model(
     guard(model)
     layers = max(native_layers, getattr(config.get_text_config(), "num_hidden_layers", 0), 1)
     return BuiltModel(model, ffn, steps, record, native_layers / layers, native_attention)
+
+
+def read_generation_config(folder: Path) -> GenerationConfig:
+    """As transformers' from_pretrained(): older checkpoints have its values in config.json."""
+    if (folder / GENERATION_CONFIG_NAME).exists():
+        return GenerationConfig.from_pretrained(folder)
+    return GenerationConfig.from_pretrained(folder, config_file_name=CONFIG_NAME, _from_model_config=True)
 
 
 def _class_of(record: weightd_pb2.Model) -> type[PreTrainedModel]:

@@ -13,13 +13,14 @@ import pytest
 import torch
 from checkpoints import make_config, make_model
 from cut_model import ArraySource, CutModel, FetchServer, cut
+from transformers import AutoModelForCausalLM
 
 from flashclient._native import Workers
 from flashclient.daemon.channel import Connection
 from flashclient.errors import ModelError
 from flashclient.kernels.decode_attention import IMPLEMENTATION
 from flashclient.model.absent_weights import AbsentWeight
-from flashclient.model.build import BuiltModel, build_model
+from flashclient.model.build import BuiltModel, build_model, read_generation_config
 from flashclient.source.bundle_source import BundleSource
 from flashclient.source.grpc_chunks import GrpcSource
 from weightd_proto import weightd_pb2
@@ -165,6 +166,18 @@ def test_attention_is_the_kernel_unless_the_config_names_another(chosen: str | N
     parts.files["config.json"] = json.dumps(config).encode()
     streamed = streamed_model(parts, ArraySource(parts, [61]), tmp_path)
     assert streamed.config._attn_implementation == (chosen or IMPLEMENTATION)
+
+
+def test_generation_settings_are_those_of_transformers(tmp_path: Path) -> None:
+    """Older checkpoints have them in config.json, which counts only without a generation_config.json."""
+    dense_model("llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"repetition_penalty": 1.5, "suppress_tokens": [7]}))
+    for _ in range(2):
+        expected = AutoModelForCausalLM.from_pretrained(tmp_path).generation_config
+        assert read_generation_config(tmp_path).to_dict() == expected.to_dict()
+        (tmp_path / "generation_config.json").unlink(missing_ok=True)
+    assert expected.repetition_penalty == 1.5
 
 
 def test_model_holds_no_ffn_weights(tmp_path: Path) -> None:

@@ -365,12 +365,21 @@ def overlap(entries: dict[str, Any]) -> None:
     entries["lm_head.weight"]["data_offsets"] = entries["model.embed_tokens.weight"]["data_offsets"]
 
 
+EMPTY = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
 HEADERS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "tensors that overlap": (overlap, "overlaps another tensor or leaves a gap"),
     "bytes of no tensor": (lambda entries: entries.pop("model.norm.weight"), "leaves a gap|belong to no tensor"),
     "sizes that are no numbers": (
         lambda entries: entries["model.norm.weight"].update(shape=[32.0]),
         "model.norm.weight: its sizes are not whole numbers",
+    ),
+    "a name that is no text": (
+        lambda entries: entries.update({"\ud800": EMPTY}),
+        r"holds a tensor under '\\ud800', which",
+    ),
+    "a size that overflows": (
+        lambda entries: entries.update(a={**EMPTY, "shape": [1 << 40, 1 << 40, 0]}),
+        "bad header entry for a: its shape does not fit its size",
     ),
     "a shape of booleans": (
         lambda entries: entries["model.norm.weight"].update(shape=[32, True]),

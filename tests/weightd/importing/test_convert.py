@@ -28,7 +28,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from page_cache import cached_pages
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from stored_model import TORCH_DTYPES, assert_same_bits, read_state
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -73,6 +73,16 @@ def test_conversion_equals_torch(tmp_path: Path, store: Store, dtype: str, reque
     assert_same_bits(
         read_state(store, "converted"), {name: tensor.to(REQUESTS[request_]) for name, tensor in expected.items()}
     )
+
+
+def test_doubles_become_floats(tmp_path: Path, store: Store) -> None:
+    """As in transformers, by the dtype of the configuration; also beside tensors of other dtypes."""
+    source = make_checkpoint("llama", tmp_path / "model")
+    state = load_file(source / "model.safetensors")
+    doubles = {name: t.double() * (1 + 1e-12) if "norm" not in name else t.half() for name, t in state.items()}
+    save_file(doubles, source / "model.safetensors", {"format": "pt"})
+    import_checkpoint(source, store)
+    assert_same_bits(read_state(store, "model"), {name: tensor.float() for name, tensor in doubles.items()})
 
 
 def test_opt_350m_shape(tmp_path: Path, store: Store) -> None:

@@ -292,7 +292,7 @@ def test_unknown_gguf_architecture(tmp_path: Path, store: Path, capsys: pytest.C
     assert_refused(tmp_path / "bad.gguf", store, message, capsys)
 
 
-def test_strided_and_legacy_torch_files(tmp_path: Path, store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_torch_files_of_other_layouts(tmp_path: Path, store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import torch
 
     folder = make_checkpoint("llama", tmp_path / "model", format="bin")
@@ -300,6 +300,8 @@ def test_strided_and_legacy_torch_files(tmp_path: Path, store: Path, capsys: pyt
     state = torch.load(file, weights_only=True)
     torch.save(state | {"model.norm.weight": torch.zeros(128)[::2]}, file)
     assert_refused(folder, store, "as a strided view: save it again", capsys)
+    torch.save(state | {3: torch.zeros(1)}, file)
+    assert_refused(folder, store, "holds a tensor under 3, which is no name of a tensor", capsys)
     torch.save(state, file, _use_new_zipfile_serialization=False)
     assert_refused(folder, store, r"is incomplete or of torch's format before 1\.6", capsys)
     torch.save({"model.norm.weight": Path}, file)

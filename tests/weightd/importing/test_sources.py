@@ -76,8 +76,8 @@ def test_wrong_shape_is_named_with_both(tmp_path: Path) -> None:
 
 
 def test_dtype_that_is_not_served_is_named(tmp_path: Path) -> None:
-    folder = changed(tmp_path, lambda state: state.update({"model.norm.weight": torch.ones(64, dtype=torch.float64)}))
-    with pytest.raises(CheckpointError, match=r"model\.norm\.weight has dtype F64"):
+    folder = changed(tmp_path, lambda state: state.update({"model.norm.weight": torch.ones(64).to(torch.float8_e5m2)}))
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight has dtype F8_E5M2"):
         resolve(folder)
 
 

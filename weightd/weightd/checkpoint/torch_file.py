@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weightd.disk.tensors import SourceTensor, check_extent
+from weightd.disk.tensors import SourceTensor, check_extent, check_name
 from weightd.errors import CheckpointError
 from weightd_proto.encodings import DTYPES, plain
 
@@ -83,6 +83,7 @@ def _refusal(path: Path, said: str) -> str:
 
 
 def _tensor(path: Path, name: str, value: torch.Tensor) -> SourceTensor:
+    check_name(path, name)
     dtype = _NAMES.get(str(getattr(value, "dtype", None)))
     if dtype is None:
         raise CheckpointError(f"{path} holds {name}, which is not a tensor of a known dtype")

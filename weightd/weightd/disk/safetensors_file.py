@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from weightd.disk.tensors import SourceTensor, check_extent
+from weightd.disk.tensors import SourceTensor, check_extent, check_name
 from weightd.errors import CheckpointError
 from weightd.sizes import format_size
 from weightd_proto.encodings import DTYPES, plain
 from weightd_proto.safetensors_header import LENGTH_BYTES, METADATA, HeaderError, parse, text_bytes
+
+SIZE_MAX = (1 << 31) - 1  # of a dimension: beyond any model, and beside a dimension of 0 no file could hold it
 
 
 def read_safetensors(path: Path) -> dict[str, SourceTensor]:
@@ -60,6 +62,7 @@ def _read_header(path: Path, file_bytes: int) -> tuple[dict[str, Any], int]:
 
 
 def _tensor(path: Path, name: str, entry: Any, data_offset_bytes: int) -> SourceTensor:
+    check_name(path, name)
     try:
         dtype, shape = str(entry["dtype"]), tuple(entry["shape"])
         begin, end = entry["data_offsets"]
@@ -71,6 +74,7 @@ def _tensor(path: Path, name: str, entry: Any, data_offset_bytes: int) -> Source
     if dtype not in DTYPES:
         raise CheckpointError(f"{path} holds {name} in dtype {dtype}, which weightd does not know")
     tensor = SourceTensor(name, shape, plain(dtype), path, data_offset_bytes + begin)
-    if begin < 0 or min(shape, default=0) < 0 or tensor.bytes_of(tensor.elements) != end - begin:
+    fits = max(shape, default=0) <= SIZE_MAX and tensor.bytes_of(tensor.elements) == end - begin
+    if begin < 0 or min(shape, default=0) < 0 or not fits:
         raise CheckpointError(f"{path} has a bad header entry for {name}: its shape does not fit its size")
     return tensor

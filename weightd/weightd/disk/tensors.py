@@ -8,9 +8,11 @@ from pathlib import Path
 
 from weightd.errors import CheckpointError
 from weightd.sizes import format_size
-from weightd_proto.encodings import BLOCK_FORMATS, in_blocks, is_plain, stored_bytes
+from weightd_proto.encodings import BLOCK_FORMATS, in_blocks, is_plain, plain, stored_bytes
 from weightd_proto.weightd_pb2 import Encoding
 
+NAME_CHARACTERS_MAX = 1000  # of a tensor: far above any model's, and an error that names it stays a line
+WIDE = plain("F64")  # rounded to F32 when it is read, as transformers does
 KEPT_VALUES = 32  # of a block in which published integers are kept (importing/quantised/kept_blocks.py)
 
 
@@ -120,11 +122,11 @@ class SourceTensor:
     @property
     def is_plain(self) -> bool:
         """Whether the stored numbers are the elements, one by one."""
-        return self.scales is None and is_plain(self.encoding)
+        return self.scales is None and is_plain(self.encoding) and self.encoding != WIDE
 
     @property
     def dtype(self) -> str:
-        """The dtype of the elements once they are dequantised: F32 for blocks with their own scales."""
+        """The dtype of the elements once they are dequantised: F32 for blocks with their own scales, and for F64."""
         if self.scales is not None:
             return self.scales.dtype
         return self.encoding.format if self.is_plain else "F32"
@@ -183,3 +185,10 @@ def check_extent(tensor: SourceTensor, file_bytes: int) -> None:
             f"{tensor.path} is incomplete: {format_size(file_bytes)} on disk, but {tensor.name} ends at "
             f"{format_size(end_bytes)}; download it again"
         )
+
+
+def check_name(path: Path, name: object) -> None:
+    """CheckpointError if a tensor of the file has no name: pickles allow any object, JSON half of a surrogate pair."""
+    known = isinstance(name, str) and len(name) <= NAME_CHARACTERS_MAX
+    if not known or str(name).encode(errors="ignore").decode() != name:
+        raise CheckpointError(f"{path} holds a tensor under {ascii(name)[:100]}, which is no name of a tensor")

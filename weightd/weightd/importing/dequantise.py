@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from weightd import _native
-from weightd.disk.tensors import SourceTensor
+from weightd.disk.tensors import WIDE, SourceTensor
 from weightd.importing.plan import ElementRun
 from weightd.importing.quantised.kept_blocks import kept_blocks
 from weightd.importing.quantised.numbers import scaled_values
@@ -94,6 +94,9 @@ def _without_interleaving(data: Bytes, head_rows: int, row_bytes: int) -> Bytes:
 
 
 def _from_blocks(tensor: SourceTensor, data: Bytes) -> Elements:
+    if tensor.encoding == WIDE:
+        with np.errstate(over="ignore"):  # becomes infinite, as in torch
+            return Elements("F32", data.view("<f8").astype("<f4").view(np.uint8))
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 
