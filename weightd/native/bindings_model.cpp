@@ -35,7 +35,7 @@ void add_layers(ModelSpec& spec, const std::vector<LayerTuple>& layers, const st
 
 void make_model(ModelSpec* self, std::string name, const std::filesystem::path& bundles_path,
                 const std::filesystem::path& resident_path, uint64_t resident_bytes, uint32_t cell_bytes,
-                uint32_t stride_bytes, uint32_t bundle_bytes, uint32_t bundles_per_cell,
+                uint32_t stride_bytes, uint32_t bundle_bytes, uint32_t bundles_per_cell, bool is_table,
                 const std::vector<LayerTuple>& layers, const std::vector<U64Array>& checksums,
                 const std::vector<TensorTuple>& tensors) {
     ModelSpec spec;
@@ -47,6 +47,7 @@ void make_model(ModelSpec* self, std::string name, const std::filesystem::path& 
     spec.stride_bytes = stride_bytes;
     spec.bundle_bytes = bundle_bytes;
     spec.bundles_per_cell = bundles_per_cell;
+    spec.is_table = is_table;
     add_layers(spec, layers, checksums);
     for (const auto& [tensor, offset, size, checksum] : tensors) {
         spec.tensors.push_back({tensor, offset, size, checksum});
@@ -60,8 +61,8 @@ void bind_model(nb::module_& module) {
     nb::class_<ModelSpec>(module, "ModelSpec", "A model as the engine sees it; sizes and offsets in bytes.")
         .def(
             "__init__", &make_model, nb::kw_only(), "name"_a, "bundles_path"_a, "resident_path"_a, "resident_bytes"_a,
-            "cell_bytes"_a, "stride_bytes"_a, "bundle_bytes"_a, "bundles_per_cell"_a, "layers"_a, "checksums"_a,
-            "tensors"_a,
+            "cell_bytes"_a, "stride_bytes"_a, "bundle_bytes"_a, "bundles_per_cell"_a, "is_table"_a, "layers"_a,
+            "checksums"_a, "tensors"_a,
             "layers: (offset, neurons, cells, experts) each; checksums: uint64[neurons] of each layer; tensors: (name, "
             "offset, size, checksum) each.");
 }

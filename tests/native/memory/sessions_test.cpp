@@ -52,6 +52,20 @@ TEST_F(SessionsTest, ALimitEndsAtTheModelsCells) {
     EXPECT_EQ(add(10, true, 1).lease_limit, 50U);
 }
 
+TEST_F(SessionsTest, ATableBorrowsNoMoreThanALookupNeeds) {
+    Memory large{uint64_t{64'000} * BARE_CELL_BYTES};
+    Pressure calm{large};
+    Sessions of_both{models, large, calm};
+    add_active(models, 20'000).spec.is_table = true;
+    model.spec = bare_spec("model", 100'000);
+    Session& table = of_both.add(std::make_unique<CountingSession>(1, 20'000, 2, true));
+    Session& session = of_both.add(std::make_unique<CountingSession>(0, 100'000, 100, true));
+    of_both.update_limits();
+    EXPECT_EQ(table.lease_limit, 2 + TABLE_LENT_BYTES_MAX / BARE_CELL_BYTES);
+    const uint64_t kept_slots = 2 * FETCH_SLOTS_MAX + large.segment_bytes() / BARE_CELL_BYTES;
+    EXPECT_EQ(session.lease_limit, 64'000 - kept_slots - table.lease_limit);
+}
+
 TEST_F(SessionsTest, AModelNobodyUsesKeepsNothingBack) {
     Model& idle = add_active(models, 4000);
     idle.users = 0;

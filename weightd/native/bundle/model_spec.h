@@ -32,6 +32,7 @@ struct ModelSpec {
     uint32_t stride_bytes = 0;
     uint32_t bundle_bytes = 0;
     uint32_t bundles_per_cell = 0;
+    bool is_table = false;  // rows that are looked up, not FFNs
     std::vector<LayerSpec> layers;
     std::vector<uint64_t> checksums;  // of bundles, by layer and position
     std::vector<TensorSpec> tensors;

@@ -78,7 +78,9 @@ void Sessions::update_limits() {
         if (!session->borrows) continue;
         const ModelSpec& spec = models_[session->model]->spec;
         const uint64_t cells = std::max<uint64_t>(session->share_slots, spec.cell_count());
-        borrowers.push_back({session.get(), spec.cell_bytes, (cells - session->share_slots) * spec.cell_bytes});
+        const uint64_t usable_bytes = (cells - session->share_slots) * spec.cell_bytes;
+        borrowers.push_back({session.get(), spec.cell_bytes,
+                             spec.is_table ? std::min(usable_bytes, TABLE_LENT_BYTES_MAX) : usable_bytes});
     }
     std::stable_sort(borrowers.begin(), borrowers.end(),
                      [](const Borrower& a, const Borrower& b) { return a.usable_bytes < b.usable_bytes; });

@@ -1,8 +1,8 @@
 // The open sessions: how many slots each is guaranteed, and how many it may lease.
 //
 // Invariants: a session's lease limit is its share plus an equal part of what is lent, or what its model can use, if
-// that is less. The limits of all sessions that borrow fit into --dram together, beside what is kept for fetches. A
-// limit never falls below the share.
+// that is less: all of its cells, or for a table what a lookup of thousands of rows takes. The limits of all sessions
+// that borrow fit into --dram together, beside what is kept for fetches. A limit never falls below the share.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,8 @@
 
 namespace weightd {
 
-inline constexpr uint32_t FETCH_SLOTS_MAX = 256;    // share of the gRPC fetches of a model together
+inline constexpr uint32_t FETCH_SLOTS_MAX = 256;  // share of the gRPC fetches of a model together
+inline constexpr uint64_t TABLE_LENT_BYTES_MAX = 32 << 20;
 inline constexpr uint32_t LENT_NEVER_DIVISOR = 16;  // this part of the pool (or FETCH_SLOTS_MAX) is never lent
 
 class Sessions {

@@ -349,6 +349,7 @@ def model_spec(store: Store, record: weightd_pb2.Model) -> ModelSpec:
         stride_bytes=bundle.stride_bytes,
         bundle_bytes=bundle.bundle_bytes,
         bundles_per_cell=bundle.bundles_per_cell,
+        is_table=bool(module_of(name)),
         layers=[(each.offset_bytes, bundles_in(bundle, each), each.cells, each.experts) for each in record.layers],
         checksums=[store.checksums(name, layer) for layer in range(len(record.layers))],
         tensors=[(tensor.name, tensor.offset_bytes, tensor.size_bytes, tensor.checksum) for tensor in record.resident],
