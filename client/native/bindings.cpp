@@ -20,6 +20,7 @@ namespace nb = nanobind;
 using namespace nb::literals;
 using flashclient::aligned;
 using flashclient::CellSource;
+using flashclient::ChunkSource;
 using flashclient::Leases;
 using flashclient::owned_array;
 using flashclient::require;
@@ -67,17 +68,17 @@ void translate(const std::exception_ptr& pointer, void*) {
     }
 }
 
-// Calls a method of Session, or of Sweep, while no other thread uses the session. Called without the GIL.
+// Calls a method of Session, or of a source of chunks, while no other thread uses it. Called without the GIL.
 template <auto method>
 auto used(Session& session) {
     const auto use = session.use();
     return (session.*method)();
 }
 
-template <auto method>
-void used_sweep(Sweep& sweep) {
-    const auto use = sweep.session().use();
-    (sweep.*method)();
+template <auto method, typename Source>
+void used_source(Source& source) {
+    const auto use = source.use();
+    (source.*method)();
 }
 
 nb::object resident(const nb::handle_t<Session>& self) {
@@ -94,13 +95,13 @@ nb::object calibration(const nb::handle_t<Session>& self) {
 
 // Returns (position of the first bundle, addresses of all bundles), or None at the end of the layer. The bundles are
 // valid until the next call.
-nb::object next_chunk(Sweep& sweep, uint32_t layer) {
+nb::object next_chunk(ChunkSource& source, uint32_t layer) {
     uint32_t first_position = 0;
     std::vector<uint64_t> addresses;
     {
         const nb::gil_scoped_release released;
-        const auto use = sweep.session().use();
-        const Sweep::Bundles* chunk = sweep.next(layer);
+        const auto use = source.use();
+        const ChunkSource::Bundles* chunk = source.next(layer);
         if (chunk != nullptr) {
             first_position = chunk->first_position;
             addresses = chunk->addresses;
@@ -185,7 +186,12 @@ void bind_session(nb::module_& module) {
 }
 
 void bind_sweep(nb::module_& module) {
-    nb::class_<Sweep>(module, "Sweep", "A walk through all bundles, layer after layer, round and round.")
+    nb::class_<ChunkSource>(module, "ChunkSource", "Gives out all bundles of a layer, chunk after chunk.")
+        .def("next", &next_chunk, "layer"_a,
+             nb::sig("def next(self, layer: int) -> tuple[int, NDArray[numpy.uint64]] | None"))
+        .def("leave", &used_source<&ChunkSource::leave, ChunkSource>, nb::call_guard<nb::gil_scoped_release>(),
+             "The next layer begins at its start, also if this one is not at its end.");
+    nb::class_<Sweep, ChunkSource>(module, "Sweep", "A walk through all bundles, layer after layer, round and round.")
         .def(
             "__init__",
             [](Sweep* self, Session& session, uint32_t bundles_per_cell, uint32_t stride_bytes, uint32_t cell_bytes,
@@ -197,12 +203,9 @@ void bind_sweep(nb::module_& module) {
                 new (self) Sweep(session, {bundles_per_cell, stride_bytes, cell_bytes, std::move(bundles)});
             },
             "session"_a, "bundles_per_cell"_a, "stride_bytes"_a, "cell_bytes"_a, "bundles"_a, nb::keep_alive<1, 2>())
-        .def("next", &next_chunk, "layer"_a,
-             nb::sig("def next(self, layer: int) -> tuple[int, NDArray[numpy.uint64]] | None"))
-        .def("leave", &used_sweep<&Sweep::leave>, nb::call_guard<nb::gil_scoped_release>(),
-             "The next layer begins at its start, also if this one is not at its end.")
-        .def("idle", &used_sweep<&Sweep::idle>, nb::call_guard<nb::gil_scoped_release>(), "Gives everything back.")
-        .def("forget", &used_sweep<&Sweep::forget>, nb::call_guard<nb::gil_scoped_release>(),
+        .def("idle", &used_source<&Sweep::idle, Sweep>, nb::call_guard<nb::gil_scoped_release>(),
+             "Gives everything back.")
+        .def("forget", &used_source<&Sweep::forget, Sweep>, nb::call_guard<nb::gil_scoped_release>(),
              "The session was replaced: nothing is leased or on its way.");
 }
 

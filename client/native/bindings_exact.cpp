@@ -15,19 +15,19 @@ namespace nb = nanobind;
 using namespace nb::literals;
 using flashclient::aligned;
 using flashclient::Array;
+using flashclient::ChunkSource;
 using flashclient::ExactStep;
 using flashclient::Ffn;
 using flashclient::LayerFfn;
 using flashclient::require;
 using flashclient::StepTimes;
-using flashclient::Sweep;
 
 namespace {
 
 class ExactLayer : public LayerFfn {
   public:
-    ExactLayer(const Ffn& ffn, Sweep& sweep, uint32_t layer, const Biases& biases, const OutputBias& output_bias)
-        : LayerFfn(ffn.shape(), layer, neurons_of(ffn, sweep, layer), biases, output_bias), step_(ffn, sweep) {}
+    ExactLayer(const Ffn& ffn, ChunkSource& source, uint32_t layer, const Biases& biases, const OutputBias& output_bias)
+        : LayerFfn(ffn.shape(), layer, neurons_of(ffn, source, layer), biases, output_bias), step_(ffn, source) {}
 
   protected:
     StepTimes sum(const float* x, size_t tokens, float* y) override {
@@ -35,9 +35,9 @@ class ExactLayer : public LayerFfn {
     }
 
   private:
-    static size_t neurons_of(const Ffn& ffn, const Sweep& sweep, uint32_t layer) {
-        require(layer < sweep.layout().bundles.size(), "there is no such layer");
-        return sweep.layout().bundles[layer] * ffn.shape().neurons;
+    static size_t neurons_of(const Ffn& ffn, const ChunkSource& source, uint32_t layer) {
+        require(layer < source.bundles().size(), "there is no such layer");
+        return source.bundles()[layer] * ffn.shape().neurons;
     }
 
     ExactStep step_;
@@ -58,9 +58,9 @@ void bind_exact(nb::module_& module) {
     nb::class_<LayerFfn>(module, "LayerFfn", "The FFN of one layer; see client/native/layer_ffn.h. One call at a time.")
         .def("run", &run, "x"_a.noconvert(), "y"_a.noconvert(),
              "y [tokens, hidden] = the FFN of x. Returns the seconds of predicting, acquiring, computing and waiting.");
-    nb::class_<ExactLayer, LayerFfn>(module, "ExactLayer", "All neurons, as a sweep gives them out.")
-        .def(nb::init<const Ffn&, Sweep&, uint32_t, const LayerFfn::Biases&, const LayerFfn::OutputBias&>(), "ffn"_a,
-             "sweep"_a, "layer"_a, "biases"_a.noconvert().none(), "output_bias"_a.noconvert().none(),
+    nb::class_<ExactLayer, LayerFfn>(module, "ExactLayer", "All neurons, chunk after chunk.")
+        .def(nb::init<const Ffn&, ChunkSource&, uint32_t, const LayerFfn::Biases&, const LayerFfn::OutputBias&>(),
+             "ffn"_a, "source"_a, "layer"_a, "biases"_a.noconvert().none(), "output_bias"_a.noconvert().none(),
              nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(),
              "biases [1, or 2 with a gate; neurons]: of [gate and] up, by position. output_bias: [hidden].");
 }

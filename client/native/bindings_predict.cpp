@@ -15,6 +15,7 @@
 #include "array_arguments.h"
 #include "layer_ffn.h"
 #include "predict/predict_step.h"
+#include "predict/repeated_memory.h"
 #include "predict/window.h"
 
 namespace nb = nanobind;
@@ -23,10 +24,14 @@ using flashclient::aligned;
 using flashclient::Array;
 using flashclient::Arrival;
 using flashclient::CellSource;
+using flashclient::ChunkSource;
 using flashclient::Ffn;
 using flashclient::LayerFfn;
 using flashclient::Predictor;
 using flashclient::PredictStep;
+using flashclient::RepeatedCells;
+using flashclient::RepeatedChunks;
+using flashclient::RepeatedMemory;
 using flashclient::require;
 using flashclient::require_cells;
 using flashclient::StepTimes;
@@ -65,6 +70,31 @@ void bind_cell_source(nb::module_& module) {
              "an empty list where none is on its way.")
         .def("cancel", &CellSource::cancel, Release(),
              "Gives back what was asked for and was not returned by arrived().");
+}
+
+void bind_repeated(nb::module_& module) {
+    nb::class_<RepeatedMemory>(module, "RepeatedMemory", "Memory that the cells of a model share, to try the model.")
+        .def(
+            "__init__",
+            [](RepeatedMemory* self, uint64_t address, uint64_t cells, uint32_t bundles_per_cell, uint32_t stride_bytes,
+               std::vector<uint32_t> bundles) {
+                require(cells > 0 && bundles_per_cell > 0 && stride_bytes > 0,
+                        "cells, bundles_per_cell and stride_bytes must be positive");
+                require_cells(bundles);
+                new (self) RepeatedMemory{address, cells, bundles_per_cell, stride_bytes, std::move(bundles)};
+            },
+            "address"_a, "cells"_a, "bundles_per_cell"_a, "stride_bytes"_a, "bundles"_a,
+            "cells: that lie at the address, which must be lent to the kernels. bundles: of the model, by layer.");
+    nb::class_<RepeatedChunks, ChunkSource>(module, "RepeatedChunks", "All bundles of a model that is tried.")
+        .def(
+            "__init__",
+            [](RepeatedChunks* self, const RepeatedMemory& memory, uint32_t chunk_bundles) {
+                require(chunk_bundles > 0, "chunk_bundles must be positive");
+                new (self) RepeatedChunks(memory, chunk_bundles);
+            },
+            "memory"_a, "chunk_bundles"_a, "chunk_bundles: how many are given out at once.");
+    nb::class_<RepeatedCells, CellSource>(module, "RepeatedCells", "The cells of a model that is tried.")
+        .def(nb::init<const RepeatedMemory&>(), "memory"_a);
 }
 
 template <auto method>
@@ -183,6 +213,7 @@ void bind_layer(nb::module_& module) {
 void bind_predict(nb::module_& module) {
     module.attr("WINDOW_TOKENS_MAX") = flashclient::WINDOW_TOKENS_MAX;
     bind_cell_source(module);
+    bind_repeated(module);
     bind_window(module);
     bind_step(module);
     bind_layer(module);

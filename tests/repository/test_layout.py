@@ -29,7 +29,7 @@ TABLE = {
         gateway: errors flags
         watching: errors sizes flags log gateway
         serving: errors sizes flags log disk store machine gateway watching
-        planning: errors sizes flags store checkpoint importing machine serving
+        planning: errors sizes flags disk store checkpoint importing machine serving
         cli: errors sizes flags log store checkpoint importing machine watching serving planning
         __main__: cli
     """,

@@ -23,7 +23,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from flashclient._native import CellWalk, Sweep, Window
+from flashclient._native import CellWalk, ChunkSource, Window
 from flashclient.daemon.channel import SessionLostError
 from flashclient.errors import DaemonLostError
 
@@ -106,7 +106,7 @@ class BundleSource(CellsSource, Protocol):
         layers and tokens, until idle() or a step of the window. The window is empty afterwards.
         """
 
-    def sweep(self) -> Sweep | None:
+    def sweep(self) -> ChunkSource | None:
         """What native code takes the chunks of chunks() from, without Python; None: there is nothing but chunks().
 
         The window is empty afterwards. Raises what chunks() raises.

@@ -8,9 +8,9 @@ from contextlib import nullcontext
 import numpy as np
 from numpy.typing import NDArray
 
-from flashclient._native import CellWalk, LentMemory
+from flashclient._native import CellWalk, LentMemory, RepeatedCells, RepeatedChunks, RepeatedMemory
 from flashclient.source.bundle_source import Chunk, Counters
-from flashclient.source.memory_cells import MemoryCells, MemoryTable
+from flashclient.source.memory_cells import MemoryTable
 from weightd_proto import weightd_pb2
 from weightd_proto.dram import LOOK_AHEAD_BYTES
 from weightd_proto.encodings import bundles_in
@@ -37,15 +37,15 @@ class RepeatedSource:
     def __init__(self, record: weightd_pb2.Model, resident: NDArray[np.uint8], memory: NDArray[np.uint8]) -> None:
         self.resident = resident
         self._layers = record.layers
-        self._bundles = [bundles_in(record.bundle, layer) for layer in record.layers]
         self._stride_bytes = record.bundle.stride_bytes
         self._bundles_per_cell = max(1, record.bundle.bundles_per_cell)
         self._lent = LentMemory(memory)
-        self._begin = -(-memory.ctypes.data // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-        cell_bytes = self._bundles_per_cell * self._stride_bytes
-        self._cells = (memory.ctypes.data + memory.nbytes - self._begin) // cell_bytes
-        assert self._cells > 0
-        self._next_bundle = 0
+        begin = -(-memory.ctypes.data // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        cells = (memory.ctypes.data + memory.nbytes - begin) // (self._bundles_per_cell * self._stride_bytes)
+        assert cells > 0
+        bundles = [bundles_in(record.bundle, layer) for layer in record.layers]
+        self._memory = RepeatedMemory(begin, cells, self._bundles_per_cell, self._stride_bytes, bundles)
+        self._chunks = RepeatedChunks(self._memory, max(1, CHUNK_BYTES // self._stride_bytes))
         self.tables = [
             MemoryTable(np.zeros((1, table.bundle.bundle_bytes), np.uint8), alike=True) for table in record.tables
         ]
@@ -55,21 +55,17 @@ class RepeatedSource:
         return np.arange(self._layers[layer].neurons, dtype=np.uint32)
 
     def chunks(self, layer: int) -> Generator[Chunk, None, None]:
-        count, step = self._bundles[layer], max(1, CHUNK_BYTES // self._stride_bytes)
-        for first in range(0, count, step):
-            bundles = self._next_bundle + np.arange(min(step, count - first), dtype=np.uint64)
-            self._next_bundle = int(bundles[-1]) + 1
-            yield Chunk(first, self._begin + bundles % (self._cells * self._bundles_per_cell) * self._stride_bytes)
+        try:
+            while (chunk := self._chunks.next(layer)) is not None:
+                yield Chunk(*chunk)
+        finally:
+            self._chunks.leave()
 
-    def sweep(self) -> None:
-        """None: the chunks are made in Python."""
+    def sweep(self) -> RepeatedChunks:
+        return self._chunks
 
     def open_walk(self) -> CellWalk:
-        def address_of(layer: int, cell: int) -> int:
-            number = sum(before.cells for before in self._layers[:layer]) + cell
-            return self._begin + number % self._cells * self._bundles_per_cell * self._stride_bytes
-
-        return CellWalk(MemoryCells(address_of), self._bundles_per_cell, self._stride_bytes)
+        return CellWalk(RepeatedCells(self._memory), self._bundles_per_cell, self._stride_bytes)
 
     def require_open(self) -> None:
         """No-op: there is no session."""

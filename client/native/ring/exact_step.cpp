@@ -11,7 +11,7 @@ StepTimes ExactStep::run(uint32_t layer, const ExactRows& rows, float* y) {
     std::fill_n(y, rows.tokens * ffn_.shape().hidden, 0.0f);
     try {
         FfnSum sum(ffn_, rows.x, rows.tokens, y);
-        while (const Sweep::Bundles* chunk = next(layer)) {
+        while (const ChunkSource::Bundles* chunk = next(layer)) {
             timer.lap(timer.times.wait_s);
             Neurons list{chunk->addresses};
             if (rows.bias != nullptr) list.bias = rows.bias + chunk->first_position * ffn_.shape().neurons;
@@ -23,17 +23,17 @@ StepTimes ExactStep::run(uint32_t layer, const ExactRows& rows, float* y) {
         sum.finish();
         timer.lap(timer.times.compute_s);
     } catch (...) {
-        const auto use = sweep_.session().use();
-        sweep_.leave();
+        const auto use = source_.use();
+        source_.leave();
         throw;
     }
     timer.lap(timer.times.wait_s);
     return timer.times;
 }
 
-const Sweep::Bundles* ExactStep::next(uint32_t layer) {
-    const auto use = sweep_.session().use();
-    return sweep_.next(layer);
+const ChunkSource::Bundles* ExactStep::next(uint32_t layer) {
+    const auto use = source_.use();
+    return source_.next(layer);
 }
 
 }  // namespace flashclient

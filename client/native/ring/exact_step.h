@@ -1,12 +1,12 @@
-// The FFN of exact mode: the sum over all neurons of a layer, chunk after chunk, as a sweep gives them out.
+// The FFN of exact mode: the sum over all neurons of a layer, chunk after chunk.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
 #include "ffn/ffn.h"
+#include "predict/chunk_source.h"
 #include "predict/step_times.h"
-#include "ring/sweep.h"
 
 namespace flashclient {
 
@@ -21,19 +21,19 @@ struct ExactRows {
 class ExactStep {
   public:
     // Both must outlive this.
-    ExactStep(const Ffn& ffn, Sweep& sweep) : ffn_(ffn), sweep_(sweep) {}
+    ExactStep(const Ffn& ffn, ChunkSource& source) : ffn_(ffn), source_(source) {}
 
-    // y [tokens, hidden] = the sum. One thread at a time; it uses the session only while it takes a chunk. Throws what
-    // Sweep::next() and Ffn::add_rows() throw; y holds no result then.
+    // y [tokens, hidden] = the sum. One thread at a time; it uses the source only while it takes a chunk. Throws what
+    // ChunkSource::next() and Ffn::add_rows() throw; y holds no result then.
     StepTimes run(uint32_t layer, const ExactRows& rows, float* y);
 
     const FfnShape& shape() const { return ffn_.shape(); }
 
   private:
-    const Sweep::Bundles* next(uint32_t layer);
+    const ChunkSource::Bundles* next(uint32_t layer);
 
     const Ffn& ffn_;
-    Sweep& sweep_;
+    ChunkSource& source_;
 };
 
 }  // namespace flashclient

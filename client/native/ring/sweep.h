@@ -18,9 +18,11 @@
 #include <cstdint>
 #include <deque>
 #include <map>
+#include <mutex>
 #include <utility>
 #include <vector>
 
+#include "predict/chunk_source.h"
 #include "ring/ahead_depth.h"
 #include "ring/session.h"
 
@@ -38,24 +40,21 @@ struct Layout {
     uint32_t cells_in(uint32_t layer) const { return (bundles[layer] + bundles_per_cell - 1) / bundles_per_cell; }
 };
 
-class Sweep {
+class Sweep : public ChunkSource {
   public:
     Sweep(Session& session, Layout layout);
-    ~Sweep();
+    ~Sweep() override;
+    Sweep(const Sweep&) = delete;
+    Sweep& operator=(const Sweep&) = delete;
 
-    struct Bundles {
-        uint32_t first_position = 0;
-        std::vector<uint64_t> addresses;  // in order of position
-    };
-
-    // Takes back the bundles it gave out, and gives out the next ones of `layer`; null at the end of the layer. A layer
-    // that is not the expected one begins at its start. Blocks; throws SessionLost, CorruptBundle, std::system_error.
-    const Bundles* next(uint32_t layer);
-    void leave();   // the caller goes on no further in this layer
+    std::unique_lock<std::mutex> use() override { return session_.use(); }
+    // Throws SessionLost, CorruptBundle, std::system_error.
+    const Bundles* next(uint32_t layer) override;
+    void leave() override;
+    const std::vector<uint32_t>& bundles() const override { return layout_.bundles; }
     void idle();    // gives everything back
     void forget();  // the session was replaced: nothing is leased or on its way
     Session& session() const { return session_; }
-    const Layout& layout() const { return layout_; }
 
   private:
     static constexpr uint32_t NO_LAYER = UINT32_MAX;

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,28 @@ import pytest
 from checkpoints import make_checkpoint, make_config
 from conftest import client_here
 from packed_checkpoints import make_packed
+from quantised_checkpoints import make_fp8, make_gpt_oss
 from safetensors.numpy import save
 from stored_calibration import offline
 
 from weightd.cli import main
+from weightd.importing.client_process import TokenCost
 from weightd.planning.published import SLIDES
+from weightd.planning.subject import subject_of
+from weightd.store.device_profile import assumed_profile
 from weightd.store.store import Store
+
+PLANNED = (
+    *("gptq 8 bits", "gptq desc_act", "awq", "packed with zeros", "packed channels", "int8 with zeros"),
+    *("float8 of a tensor", "float8 blocks", "nvfp4", "modelopt", "nf4"),
+)
+LEFT_OUT = {"fp8": {"modules_to_not_convert": ["model.layers.1.mlp.experts"]}}  # the fixture writes them as they are
+QUANTISED: dict[str, Callable[[Path], Any]] = {
+    **{kind: partial(make_packed, kind) for kind in PLANNED},
+    "fp8": partial(make_fp8, "deepseek_v3"),
+    "fbgemm": lambda folder: make_fp8("llama", folder, "row"),
+    "mxfp4": make_gpt_oss,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -59,8 +77,51 @@ def test_a_quantised_folder_is_planned_as_it_is_imported(tmp_path: Path, capsys:
     (source / "config.json").write_text(json.dumps(config | {"transformers_weights": weights.name}))
     assert planned(capsys, source)["resident_bytes"] == record.resident_file_bytes
     weights.unlink()
-    (unknown,) = (each for each in planned(capsys, source)["assumptions"] if "awq" in each)
-    assert unknown == "dequantised, because only the weights, which are not there, say whether those of awq can be kept"
+    without = planned(capsys, source)
+    assert (without["ffn_bytes"], without["resident_bytes"]) == (said["ffn_bytes"], said["resident_bytes"])
+    (expected,) = (each for each in without["assumptions"] if "awq" in each)
+    assert expected == (
+        "linear layers are in awq, but for those that the configuration leaves out, as no weights are there"
+    )
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_what_an_import_keeps_is_planned_from_the_configuration(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the encodings, and so the bytes, that an import gives the checkpoint of the same configuration."""
+    monkeypatch.setattr("weightd.planning.subject._cost", lambda *_: TokenCost(0, 0))
+    source = QUANTISED[kind](tmp_path / "model").folder
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] |= LEFT_OUT.get(kind, {})
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone" / "config.json").write_text(json.dumps(config))
+    with client_here() as ask:
+        found, without = (
+            subject_of(str(path), None, None, assumed_profile(2.0), None, ask).record
+            for path in (source, tmp_path / "alone")
+        )
+    assert found.bundle == without.bundle
+    assert [layer.cells for layer in found.layers] == [layer.cells for layer in without.layers]
+    formats = [{tensor.name: tensor.dtype for tensor in record.resident} for record in (found, without)]
+    assert formats[0] == formats[1]
+    assert found.resident_file_bytes == without.resident_file_bytes
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"quant_method": "compressed-tensors", "format": ["x"]}, "compressed-tensors of format ['x'], read are"),
+        ({"quant_method": "modelopt", "quant_algo": {}}, "modelopt's {}, read are FP8 and NVFP4"),
+        ({"quant_method": "aqlm"}, "is quantised (aqlm): import the unquantised"),
+    ],
+)
+def test_what_an_import_would_refuse_is_not_planned(
+    settings: dict[str, Any], message: str, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = json.loads((config / "config.json").read_text())
+    (config / "config.json").write_text(json.dumps(values | {"quantization_config": settings}))
+    assert message in refused(capsys, 1, config)
 
 
 def test_a_configuration_gives_the_sizes_of_the_import(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

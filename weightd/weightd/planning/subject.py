@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,6 +21,7 @@ from weightd.importing.record import lay_out_record
 from weightd.importing.stored_dtype import KEEP, PLAIN, bundle_encoding, resident_format
 from weightd.importing.tables import TABLES_ABOVE_BYTES, choose_tables, table_record
 from weightd.planning.published import SLIDES, shipped_config
+from weightd.planning.quantised import checkpoint_of
 from weightd.store.device_profile import DeviceProfile
 from weightd.store.store import CATALOG_FILE, FILES_FOLDER, Store, model_name_for
 from weightd_proto.encodings import COMPUTE_DTYPES, DTYPES, QUANTISED_DTYPES
@@ -69,11 +70,9 @@ def subject_of(
     ):
         return _with_its_encodings(path, device, ask, resident_request or "")
     name = model if model in SLIDES else model_name_for(path.parent if path.name == CONFIG_FILE else path)
-    subject = _from_config(name, config, path, dtype, device, ask, resident_request or PLAIN)
     if method is None or dtype is not None:
-        return subject
-    unknown = f"dequantised, because only the weights, which are not there, say whether those of {method} can be kept"
-    return replace(subject, assumptions=(*subject.assumptions, unknown))
+        return _from_config(name, config, path, dtype, device, ask, resident_request or PLAIN)
+    return _quantised(name, config, path, method, device, ask, resident_request or "")
 
 
 def _stored(store: Store, model: str, dtype: str | None, ask: Ask) -> Subject:
@@ -147,6 +146,25 @@ def _from_config(
     record, _ = lay_out_record(recipe.model, kinds, name, stored, encoding, *sizes)
     record.tables.extend(table_record(record, source, stored, BLOCK_BYTES) for source in looked_up)
     return Subject(name, record, _cost(recipe, record, ask), None, (*assumptions, *recipe.notes))
+
+
+def _quantised(
+    name: str,
+    config: Mapping[str, Any],
+    path: Path,
+    method: str,
+    device: DeviceProfile,
+    ask: Ask,
+    resident_request: str,
+) -> Subject:
+    """As an import would lay out what is published in the quantised format `method`."""
+    used, assumptions = _dtype(config, None)
+    recipe, checkpoint = checkpoint_of(derive_from_config(config, path, ask), config, path, COMPUTE_DTYPES[used])
+    sizes = (BLOCK_BYTES, device.full_speed_bytes, SECTOR_BYTES, TABLES_ABOVE_BYTES)
+    laid_out = lay_out(checkpoint, recipe, name, KEEP, *sizes, resident_request=resident_request)
+    which = f"linear layers are in {method}, but for those that the configuration leaves out, as no weights are there"
+    lines = (*assumptions, which, *recipe.notes, *laid_out.notes)
+    return Subject(name, laid_out.record, _cost(recipe, laid_out.record, ask), None, lines)
 
 
 def _dtype(config: Mapping[str, Any], asked: str | None) -> tuple[str, tuple[str, ...]]:
