@@ -23,7 +23,7 @@ from flashclient.recipes.configs import read_config
 from flashclient.recipes.ffns.site import Site
 from flashclient.recipes.ffns.sites import Streamed, carried, layers_needed, streamed, weightless
 from flashclient.recipes.ffns.tiny import model_class, one_line, tiny_model
-from flashclient.recipes.ffns.watching import watch
+from flashclient.recipes.ffns.watching import unrecognised_because, watch
 from flashclient.recipes.gguf_names import gguf_places
 from flashclient.recipes.lookups import embeddings_like, looked_up
 from flashclient.recipes.proof import prove
@@ -50,7 +50,10 @@ def derive(request: DeriveRequest) -> Recipe:
     derivation = Derivation(found, made_from, _instead(kind.activation))
     split = derivation.streamed()
     derivation.prove()
-    tensors, left_out = _tensors(request, kind, derivation.full)
+    try:
+        tensors, left_out = _tensors(request, kind, derivation.full)
+    except ModelError as error:
+        raise ModelError(f"{error}{_saved_from(kind.config, made_from, found)}") from error
     recipe = assemble(derivation.full, split.sites, tensors, embeddings_like(derivation.looked_up, derivation.full))
     values = kind.config if made_from is whole else made_from.to_dict()
     recipe.config_json = json.dumps(values).encode()
@@ -67,6 +70,15 @@ def _tensors(request: DeriveRequest, kind: Published, full: PreTrainedModel) -> 
         return find_tensors(full, gguf_places(full, request.gguf, shapes)), []
     sources, left_out = kind.tensors(shapes)
     return find_tensors(full, places_of(sources, shapes)), left_out
+
+
+def _saved_from(values: Mapping[str, Any], config: PreTrainedConfig, found: type[PreTrainedModel]) -> str:
+    """What the checkpoint is, where it is of another kind of model than `found`: as the end of an error."""
+    if config.is_encoder_decoder:
+        return f"; {config.model_type} has an encoder, too, and only a checkpoint of its decoder alone runs"
+    named = values.get("architectures")
+    first = named[0] if isinstance(named, list) and named else found.__name__
+    return "" if first == found.__name__ else f"; it was saved from {first}, and {found.__name__} is what runs"
 
 
 def _instead(activation: Activation | None) -> Activation | None:
@@ -141,7 +153,8 @@ class Derivation:
         split = streamed(self.full, carried(self._outline, self._found.sites, self._found.called, self.full))
         if not split.sites:
             name = type(self.full).__name__
-            raise ModelError(f"no FFN of {name} could be recognised, so nothing of it can be streamed")
+            why = unrecognised_because(self.tiny)
+            raise ModelError(f"no FFN of {name} could be recognised, so nothing of it can be streamed{why}")
         return split
 
     def _tiny_sites(self) -> list[Site]:

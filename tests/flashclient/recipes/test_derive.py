@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, BartConfig, LlamaConfig, PreTrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
 from flashclient.errors import ModelError
@@ -165,6 +165,32 @@ def test_an_activation_that_the_class_does_not_have(
 def test_a_model_of_which_nothing_can_be_streamed_is_refused(kind: str) -> None:
     with pytest.raises(ModelError, match=r"^no FFN of \w+ForCausalLM could be recognised, so nothing of it can be"):
         recipe_of(kind)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"hidden_act": "mish"}, "its hidden_act is 'mish', and kernels compute relu, "),
+        ({"rms_norm_eps": float("nan")}, "a tiny instance of it computes numbers that are not finite: correct"),
+    ],
+)
+@one_thread()
+def test_the_reason_why_nothing_is_recognised_is_given(changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ModelError, match=rf"^no FFN of LlamaForCausalLM could be .* streamed; {reason}"):
+        recipe_of("llama", num_hidden_layers=2, **changes)
+
+
+@pytest.mark.parametrize(
+    ("config", "ending"),
+    [
+        (LlamaConfig(num_hidden_layers=1, architectures=["LlamaModel"]), "; it was saved from LlamaModel, and Llama"),
+        (BartConfig(decoder_layers=1), "; bart has an encoder, too, and only a checkpoint of its decoder alone runs"),
+    ],
+)
+@one_thread()
+def test_a_checkpoint_of_another_kind_of_model_is_called_so(config: PreTrainedConfig, ending: str) -> None:
+    with pytest.raises(ModelError, match=f"^the checkpoint lacks the tensor .*{ending}"):
+        derive(request_of(config.to_dict(), {}))
 
 
 @one_thread()

@@ -110,14 +110,14 @@ def runs_of(tensor: SourceTensor, begin: int = 0, end: int | None = None) -> Ite
     """Runs of at most a chunk, from one element of a tensor to another."""
     end = tensor.elements if end is None else end
     together = tensor.rows_together * tensor.row_elements
-    size = max(1, _rows_per_chunk(tensor) // tensor.rows_together) * together
+    size = max(1, _rows_per_chunk(tensor) // tensor.rows_together) * max(1, together)  # a tensor may have no elements
     for first in range(begin, end, size):
         yield ElementRun(tensor, first, min(end, first + size))
 
 
 def _rows_per_chunk(tensor: SourceTensor) -> int:
     if not tensor.is_plain:
-        return max(1, DEQUANTISED_CHUNK_BYTES // (tensor.row_elements * DTYPES["F32"].bytes))
+        return max(1, DEQUANTISED_CHUNK_BYTES // max(1, tensor.row_elements * DTYPES["F32"].bytes))
     return max(1, CHUNK_BYTES // max(1, tensor.bytes_of(tensor.row_elements)))
 
 

@@ -116,6 +116,12 @@ _SUMS = [
     ("head_dim", ["qk_nope_head_dim", "qk_rope_head_dim"]),
     ("qk_head_dim", ["qk_nope_head_dim", "qk_rope_head_dim"]),
 ]
+# Heads of Mamba layers and their width, whose product is a multiple of the hidden size.
+_MAMBA_HEADS = [
+    ("num_heads", "head_dim", "expand"),
+    ("mamba_n_heads", "mamba_d_head", "mamba_expand"),
+    ("n_mamba_heads", "mamba_headdim", "mamba_expand"),
+]
 _TOKEN = re.compile(r"\w*(token_id|token_index|_index|token_ids)|(unk|mask|pad|bos|eos)_index")
 _LAYER_NUMBERS = re.compile(r"\w*(layers|layer_ids|idxs|indices|indexes)")
 # Tables that are neither sizes nor configs of a part of the model.
@@ -164,8 +170,10 @@ def _shrunk(values: dict[str, Any], outer: _Scale) -> dict[str, Any]:
         for name, parts in _SUMS:
             if of.get(name) and of[name] == sum(of.get(part) or 0 for part in parts):
                 tiny[name] = sum(made.get(part) or 0 for part in parts)
-    if "expand" in values and tiny.get("num_heads"):
-        tiny["num_heads"] = tiny["expand"] * tiny["hidden_size"] // tiny["head_dim"]
+    for heads, width, expand in _MAMBA_HEADS:
+        if type(tiny.get(heads)) is type(tiny.get(width)) is int and tiny.get(expand):
+            inner = tiny.get("mamba_d_ssm") or int(tiny[expand] * tiny["hidden_size"])
+            tiny[heads] = max(1, inner // tiny[width])
     return tiny
 
 
@@ -289,7 +297,7 @@ def _fill(module: nn.Module) -> None:
     """Gives projections weights whose products are far from zero, so that activations can be told from each other."""
     if isinstance(module, nn.Linear | Conv1D):
         inputs = module.weight.shape[1 if isinstance(module, nn.Linear) else 0]
-        module.weight.normal_(0, GAIN / inputs**0.5)
+        module.weight.normal_(0, GAIN / max(1, inputs) ** 0.5)
         if module.bias is not None:
             module.bias.normal_(0, 0.5)
         return

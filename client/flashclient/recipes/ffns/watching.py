@@ -18,13 +18,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
+from flashclient.model.activations import FUNCTIONS
 from flashclient.recipes.ffns.formulas import PRODUCTS_MIN, Samples, limits_among, recognised
 from flashclient.recipes.ffns.mixtures import experts_site, is_experts_call
 from flashclient.recipes.ffns.site import Layer, Part, Rows, Site, scalars_of
 from weightd_proto import weightd_pb2
 
+ACTIVATION_NAMES = ("hidden_act", "hidden_activation", "activation_function", "ffn_act")  # fields of configs
+RELU6_MAX = 6.0
 BATCH = 2
 TOKENS = 24
 IDS = range(3, 200)  # of the tiny vocabulary, without its special tokens
@@ -99,12 +103,30 @@ def watch(model: PreTrainedModel) -> SitesFound:
     return _placed(model, found)
 
 
+def unrecognised_because(model: PreTrainedModel) -> str:
+    """Why `model` may have no FFN, as far as that can be told: as the end of an error."""
+    if not bool(torch.isfinite(run(model).logits).all()):
+        return "; a tiny instance of it computes numbers that are not finite: correct config.json"
+    config: Any = model.config.get_text_config()
+    named = [(name, getattr(config, name, None)) for name in ACTIVATION_NAMES]
+    field, function = next(((name, of) for name, of in named if isinstance(of, str) and of in ACT2FN), ("", ""))
+    if not function:
+        return ""
+    x = torch.linspace(-8, 8, 128, dtype=torch.float32)
+    with torch.no_grad():
+        made = ACT2FN[function].float()(x)
+    if recognised(Samples(None, x, made), lambda: (RELU6_MAX,)) is not None:
+        return ""
+    return f"; its {field} is {function!r}, and kernels compute {', '.join(FUNCTIONS)}"
+
+
 def _record(model: PreTrainedModel) -> list[_ProjectionCall]:
     calls: list[_ProjectionCall] = []
 
     def hook(name: str) -> Callable[..., None]:
         def keep(module: nn.Module, args: tuple[Any, ...], y: Any) -> None:
-            if len(args) == 1 and isinstance(args[0], Tensor) and isinstance(y, Tensor):
+            tensors = len(args) == 1 and isinstance(args[0], Tensor) and isinstance(y, Tensor)
+            if tensors and args[0].numel() and y.numel():  # shared experts may have no neurons
                 calls.append(_ProjectionCall(name, module, _rows(args[0]).clone(), _rows(y).clone()))
 
         return keep

@@ -90,6 +90,13 @@ def test_a_tiny_model_has_every_kind_of_layer(kind: str, changes: dict[str, Any]
     assert layers_needed(weightless(*model_class(config_of(kind, **changes)))) == layers
 
 
+@pytest.mark.parametrize(("expand", "heads"), [(2, 128), (2, 4), (1, 2)])
+def test_heads_of_mamba_fit_whatever_they_are(expand: int, heads: int) -> None:
+    config = config_of("bamba", mamba_expand=expand, mamba_n_heads=heads, mamba_d_head=expand * 4096 // heads)
+    tiny = tiny_config(config)
+    assert tiny.mamba_n_heads * tiny.mamba_d_head == expand * tiny.hidden_size
+
+
 def test_a_class_that_cannot_be_made_is_refused_in_one_line() -> None:
     config = config_of("deepseek_v2", num_experts_per_tok=6)
     config.hidden_act = "no such function"
