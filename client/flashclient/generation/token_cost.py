@@ -31,7 +31,9 @@ from flashclient.source.repeated import ALIGNMENT_BYTES, RepeatedSource, memory_
 from weightd_proto.encodings import encodings_of, is_plain
 from weightd_proto.weightd_pb2 import ImportResponse, Model
 
-MEMORY_BYTES = 256 << 20
+MEMORY_BYTES_MIN, MEMORY_BYTES_MAX = 256 << 20, 1 << 30  # a model that is smaller has its own size
+CACHE_FOLDER = Path("/sys/devices/system/cpu/cpu0/cache")
+CACHES = 2  # so many times the last cache: there are processors with 480 MiB
 WEIGHT = 1 / 64  # of every weight: sums are neither infinite nor too small for the dtype
 QUANTISED_BYTE = 0x24  # of every quantised block: scales of 1 / 62 in half precision
 PROMPT_TOKENS = 2
@@ -44,14 +46,16 @@ def token_cost(record: Model, folder: Path) -> ImportResponse:
     """The fields of the response that say what a token costs. Takes seconds.
 
     Args:
-        folder: with config.json. The memory that is needed is MEMORY_BYTES, or the largest resident tensor.
+        folder: with config.json. The memory that is needed is MEMORY_BYTES_MAX, or the largest resident tensor; twice
+            as much for quantised bundles.
     """
-    record, resident_bytes = _overlapping(record)
-    memory = _memory(max(MEMORY_BYTES, resident_bytes, memory_bytes_min(record)))
+    size_bytes = min(_beyond_caches(), record.bundles_file_bytes + record.resident_file_bytes)
+    record, resident_bytes = _overlapping(record, size_bytes)
+    memory = _memory(max(size_bytes, resident_bytes, memory_bytes_min(record)))
     torch.from_numpy(memory).view(DTYPES[record.compute_dtype]).fill_(WEIGHT)
     bundles = memory
     if not all(is_plain(each) for layer in record.layers for each in encodings_of(record.bundle, layer)):
-        bundles = _memory(max(MEMORY_BYTES, memory_bytes_min(record)))
+        bundles = _memory(max(size_bytes, memory_bytes_min(record)))
         bundles[:] = QUANTISED_BYTE
     source: Any = RepeatedSource(record, memory, bundles)
     built = build_model(record, folder, source, source.placement, Workers(torch.get_num_threads()))
@@ -66,13 +70,20 @@ def token_cost(record: Model, folder: Path) -> ImportResponse:
     )
 
 
-def _overlapping(record: Model) -> tuple[Model, int]:
-    """The record with resident tensors that begin anywhere in MEMORY_BYTES, and how far they go."""
+def _beyond_caches() -> int:
+    """Bytes of which little is left in the processor's caches once all were read."""
+    texts = [path.read_text().strip() for path in CACHE_FOLDER.glob("index*/size")]
+    kib = [int(text.removesuffix("K")) for text in texts if re.fullmatch(r"\d+K", text)]
+    return min(MEMORY_BYTES_MAX, max(MEMORY_BYTES_MIN, CACHES * max(kib, default=0) << 10))
+
+
+def _overlapping(record: Model, memory_bytes: int) -> tuple[Model, int]:
+    """The record with resident tensors that begin anywhere in so much memory, and how far they go."""
     moved = Model()
     moved.CopyFrom(record)
     next_bytes = end_bytes = 0
     for tensor in moved.resident:
-        if next_bytes + tensor.size_bytes > MEMORY_BYTES:
+        if next_bytes + tensor.size_bytes > memory_bytes:
             next_bytes = 0
         tensor.offset_bytes = next_bytes
         next_bytes += -(-tensor.size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES

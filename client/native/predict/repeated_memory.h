@@ -22,6 +22,7 @@ struct RepeatedMemory {
     uint64_t address_of_cell(uint64_t cell) const {
         return address + cell % cells * bundles_per_cell * uint64_t{stride_bytes};
     }
+    uint64_t cells_in(uint32_t layer) const;
     uint64_t first_cell(uint32_t layer) const;
 };
 
@@ -45,6 +46,8 @@ class RepeatedChunks : public ChunkSource {
     Bundles given_;
 };
 
+// A step gets cells of its layer that follow those of the step before, whichever it asks for: routers pick others for
+// each token, so that these are not in the processor's caches.
 class RepeatedCells : public CellSource {
   public:
     explicit RepeatedCells(RepeatedMemory memory) : memory_(std::move(memory)) {}
@@ -60,7 +63,9 @@ class RepeatedCells : public CellSource {
     static constexpr uint32_t CELLS_MAX = 1U << 16;  // leased at once
 
     RepeatedMemory memory_;
-    uint64_t first_cell_ = 0;  // of the layer
+    uint64_t first_cell_ = 0;   // of the layer
+    uint64_t layer_cells_ = 1;  // its cells
+    uint64_t given_ = 0;        // cells, so far
     std::vector<Arrival> coming_;
 };
 

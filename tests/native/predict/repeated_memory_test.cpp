@@ -55,6 +55,8 @@ TEST(RepeatedMemoryTest, CellsThatAreAskedForAreThereAtOnce) {
     cells.extend({0}, {1});
     const uint64_t first = BEGIN + 600;
     EXPECT_EQ(cells.arrived(), (std::vector<Arrival>{{0, first}, {1, BEGIN}, {0, first}}));
+    cells.exchange(1, {0}, {0});
+    EXPECT_EQ(cells.arrived(), (std::vector<Arrival>{{0, BEGIN}}));  // another than in the step before
     EXPECT_TRUE(cells.arrived().empty());
     cells.exchange(0, {2}, {});
     cells.cancel();
