@@ -75,6 +75,8 @@ using Biases = nb::ndarray<const float, nb::ndim<2>, nb::device::cpu>;  // with 
 using Input = Array<const float, 2>;
 using Output = Array<float, 2>;
 using GroupMasks = nb::ndarray<const uint16_t, nb::ndim<2>, nb::device::cpu>;  // with strides
+using RowBiases = nb::ndarray<const float, nb::ndim<3>, nb::device::cpu>;      // with strides
+using RowH = nb::ndarray<float, nb::ndim<2>, nb::device::cpu>;                 // with strides
 using Bytes = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
 
 constexpr size_t HIDDEN_MAX = size_t{1} << 24;  // elements; the bytes of a bundle fit into 32 bits
@@ -140,6 +142,32 @@ void add_rows(const Ffn& ffn, const U64Array& bundles, const std::optional<Biase
     ffn.add_rows(list, x.data(), x.shape(0), y.data());
 }
 
+// Sets what each row has of its own, for neurons that may be some of more.
+void set_rows(Neurons& list, const Ffn& ffn, size_t tokens, const std::optional<RowBiases>& biases,
+              const std::optional<RowH>& h) {
+    const size_t parts = ffn.shape().parts.size() - 1;
+    const size_t neurons = list.bundles.size() * ffn.shape().neurons;
+    const auto stride_of = [](const auto& array, size_t dimension) {
+        require(array.shape(dimension) <= 1 || array.stride(dimension) >= 0, "strides must not be negative");
+        return array.shape(dimension) <= 1 ? 0 : static_cast<size_t>(array.stride(dimension));
+    };
+    if (biases) {
+        require(aligned(*biases, "row_biases").shape(0) == parts && biases->shape(1) == tokens &&
+                    biases->shape(2) == neurons && (neurons <= 1 || biases->stride(2) == 1),
+                "row_biases must be [parts of a bundle but down, tokens, neurons], those of a token contiguous");
+        list.rows.bias = biases->data();
+        list.rows.bias_stride = stride_of(*biases, 1);
+        if (parts > 1) list.rows.up_bias = biases->data() + stride_of(*biases, 0);
+    }
+    if (h) {
+        require(aligned(*h, "h").shape(0) == tokens && h->shape(1) == neurons, "h must be [tokens, neurons]");
+        list.rows.h = h->data();
+        list.rows.h_stride = stride_of(*h, 0);
+        require((neurons <= 1 || h->stride(1) == 1) && (tokens <= 1 || list.rows.h_stride >= neurons),
+                "h of a token must be contiguous, and of no other token");
+    }
+}
+
 // An FfnSum that keeps its arrays alive. Calls of several threads wait for each other.
 class BoundSum {
   public:
@@ -148,9 +176,11 @@ class BoundSum {
         require(aligned(y, "y").shape(0) == x.shape(0) && y.shape(1) == x.shape(1), "x and y must have the same shape");
         sum_.emplace(ffn, x.data(), x.shape(0), y.data());
     }
-    void add(const U64Array& bundles, const std::optional<Biases>& biases) {
+    void add(const U64Array& bundles, const std::optional<Biases>& biases, const std::optional<RowBiases>& row_biases,
+             const std::optional<RowH>& h) {
         Neurons list{addresses_of(bundles)};
         set_biases(list, ffn_, biases);
+        set_rows(list, ffn_, x_.shape(0), row_biases, h);
         const nb::gil_scoped_release released;
         const std::lock_guard lock(mutex_);
         sum_->add(list);
@@ -285,7 +315,9 @@ void bind_ffn(nb::module_& module) {
         .def(nb::init<const Ffn&, const Input&, const Output&>(), "ffn"_a, "x"_a.noconvert(), "y"_a.noconvert(),
              nb::keep_alive<1, 2>())
         .def("add", &BoundSum::add, "bundles"_a.noconvert(), "biases"_a.noconvert().none(),
-             "The next neurons. biases: as for Ffn.fire().")
+             "row_biases"_a.noconvert().none() = nb::none(), "h"_a.noconvert().none() = nb::none(),
+             "The next neurons. biases: as for Ffn.fire(). row_biases [1, or 2 with a gate; tokens; neurons]: of each "
+             "row of x, added to these. h [tokens, neurons]: set to what the neurons give.")
         .def("finish", &BoundSum::finish, "There are no more neurons.");
 }
 

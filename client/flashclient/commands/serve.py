@@ -132,9 +132,7 @@ def _checked(options: argparse.Namespace) -> list[str]:
         raise OptionError(f"{len(options.models)} models are more than {MODELS_MAX}: start another server for the rest")
     if options.json:
         raise OptionError("--json is not for serve: leave it out")
-    names = [name for name, _ in options.lora_modules]
-    if len(set(names)) < len(names):
-        raise OptionError(f"--lora-modules {max(names, key=names.count)}: give each adapter a name of its own")
+    _check_adapters(options.lora_modules)
     if options.kept_folder is not None and not options.kept_folder.is_dir():
         raise OptionError(f"--kept-folder {options.kept_folder} is not a folder: make it first")
     if options.api_key_file is None:
@@ -146,6 +144,19 @@ def _checked(options: argparse.Namespace) -> list[str]:
     from flashclient.server.access import read_keys
 
     return read_keys(options.api_key_file)
+
+
+def _check_adapters(adapters: list[tuple[str, Path]]) -> None:
+    """Before anything starts. Raises OptionError and FlashClientError."""
+    from flashclient.batching.adapter_folder import require_adapter, require_peft
+
+    names = [name for name, _ in adapters]
+    if len(set(names)) < len(names):
+        raise OptionError(f"--lora-modules {max(names, key=names.count)}: give each adapter a name of its own")
+    if adapters:
+        require_peft()
+    for name, folder in adapters:
+        require_adapter(name, folder)
 
 
 def _hosted(options: argparse.Namespace, opened: ExitStack) -> dict[str, Any]:

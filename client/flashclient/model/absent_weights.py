@@ -26,7 +26,10 @@ SAVE = (
 )
 COPY = "make another FlashClient: it shares the weights"
 TRAIN = "train with transformers, merge what you trained into the checkpoint, and import that"
-ADAPT = "adapt only the attention, or merge the adapter into the checkpoint and import that"
+ADAPT = (
+    "adapt only the attention, serve the adapter with `flashclient serve --lora-modules`, or merge it into the "
+    "checkpoint and import that"
+)
 
 # The attributes and methods of a Tensor that do not need its values.
 _FACTS = (

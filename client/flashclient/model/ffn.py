@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -56,6 +56,16 @@ class Clock:
         self.wait_s += wait_s
 
 
+class RowAdapter(Protocol):
+    """What an adapter adds within the FFN of one layer; see flashclient.batching.ffn_adapter."""
+
+    def row_biases(self, x: Tensor) -> NDArray[np.float32] | None: ...
+
+    def room_for_h(self, rows: int) -> NDArray[np.float32] | None: ...
+
+    def output_of(self, h: NDArray[np.float32]) -> Tensor: ...
+
+
 class ModelFFN(Protocol):
     """Computes the FFN of any layer of a model, from all of its neurons or some."""
 
@@ -85,6 +95,9 @@ class ExactFFN:
 
     Args:
         kernels: by layer.
+
+    Attributes:
+        adapters: of the steps to come, by layer.
     """
 
     def __init__(self, source: BundleSource, kernels: Sequence[Ffn], hidden_size: int, clock: Clock) -> None:
@@ -92,6 +105,7 @@ class ExactFFN:
         self.hidden_size = hidden_size
         self.clock = clock
         self.lock = threading.Lock()
+        self.adapters: Mapping[int, RowAdapter] = {}
         self._kernels = kernels
         self._natives: dict[int, ExactLayer] = {}  # by layer
 
@@ -116,20 +130,26 @@ class ExactFFN:
             x_rows, y_rows = x.numpy(), y.numpy()
             kernels = self._kernels[layer]
             every_neuron = FfnSum(kernels, x_rows, y_rows) if row_masks is None else None
+            adapter = self.adapters.get(layer)
+            row_biases, h = (None, None) if adapter is None else (adapter.row_biases(x), adapter.room_for_h(len(x)))
             with closing(self._chunks(layer)) as chunks:
                 for chunk in chunks:
                     part = slice(chunk.first * kernels.neurons, (chunk.first + len(chunk.addresses)) * kernels.neurons)
                     biases_part = None if biases is None else biases[:, part]
                     if every_neuron is not None:
-                        every_neuron.add(chunk.addresses, biases_part)
+                        row_biases_part = None if row_biases is None else row_biases[:, :, part]
+                        h_part = None if h is None else h[:, part]
+                        every_neuron.add(chunk.addresses, biases_part, row_biases_part, h_part)
                     elif row_masks is not None:
                         kernels.add_rows(chunk.addresses, biases_part, row_masks[:, part], x_rows, y_rows)
             if every_neuron is not None:
                 every_neuron.finish()
+            if adapter is not None and h is not None:
+                y += adapter.output_of(h)
             return y
 
     def native(self, streamed: LayerFFN, rows: int) -> LayerFfn | None:
-        sweep = self.source.sweep()
+        sweep = None if streamed.layer in self.adapters else self.source.sweep()
         if sweep is None:
             return None
         made = self._natives.get(streamed.layer)

@@ -143,16 +143,19 @@ class _Installing:
     def _install_module(self, streamed: LayerFFN) -> None:
         projections: dict[str, type[HoldsAbsentWeights]] = {owner: AbsentProjection for owner, _ in self._holders()}
         self._make_absent(projections)
-        if not self._record.activation.instead:
-            self._check_forward()
+        form = None if self._record.activation.instead else self._check_forward()
         for path, part in list(self._module.named_modules()):
             if path and path not in projections and next(part.children(), None) is None:
                 self._replace(path, NeverCalled)
         become(self._module, StreamedFFN)
         self._module.streamed = streamed  # type: ignore[assignment]
+        self._module.__dict__["fused_form"] = form
 
-    def _check_forward(self) -> None:
+    def _check_forward(self) -> int | None:
         """Runs the module's own forward once, to see that it computes the record's activation in this transformers.
+
+        Returns:
+            The one of FUSED_FORMS that a fused matrix has; None where that was not seen.
 
         Raises:
             ModelError: it does not. A forward that does more than can be seen is left to the proof of the import.
@@ -169,12 +172,13 @@ class _Installing:
         except OtherActivationError as error:
             raise self._unlike(str(error).partition(";")[0]) from error
         except Exception:  # whatever a module raises that was not made for this
-            return
+            return None
         finally:
             for projection in (last, *(projection for projection, _ in firsts)):
                 del projection.__dict__["forward"]
         if not isinstance(made, Tensor) or not torch.equal(made, y):
             raise self._unlike(f"{self._layer.module} changes what its last projection returns")
+        return site.form
 
     def _install_parts(self, streamed: LayerFFN) -> None:
         layer, site = self._layer, self._parts_of_ffn()

@@ -42,6 +42,16 @@ _READS |= {Tensor.__reduce_ex__, Tensor.__deepcopy__}
 _IN_PLACE = {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__"}
 
 
+# Ways to lay out a fused matrix of n neurons, as a trial finds them: the rows of a part whose neurons are
+# `order`; `second` says that it is up.
+FUSED_FORMS: tuple[Callable[[bool, int, Tensor], Tensor], ...] = (
+    lambda second, n, order: order + n * second,
+    lambda second, n, order: order + n * (not second),
+    lambda second, n, order: 2 * order + second,
+    lambda second, n, order: 2 * order + (not second),
+)
+
+
 class _Rows(NamedTuple):
     """The products with the rows of these parts: of a fused matrix, gate and up."""
 
@@ -203,14 +213,17 @@ class PartsOfFFN:
         neurons: their number.
         activation: that of the model.
         gated: whether the activation takes products with gate rows and up rows.
+        form: the one of FUSED_FORMS that a fused matrix has, once it was tried.
     """
 
-    _known: set[tuple[Any, ...]] = set()  # noqa: RUF012  what was tried and is right, for all layers and models
+    # What was tried and is right, for all layers and models, and the form that fits.
+    _known: dict[tuple[Any, ...], int | None] = {}  # noqa: RUF012
 
     def __init__(self, path: str, neurons: int, activation: Activation, gated: bool) -> None:
         self.path = path
         self.neurons = neurons
         self.gated = gated
+        self.form: int | None = None
         self._activation = activation
         self._key = (activation.SerializeToString(), neurons, gated)
         self._call: _FfnCall | None = None
@@ -241,15 +254,18 @@ class PartsOfFFN:
             raise refused(what, CHANGE)
         shape = h.plain.shape
         if h.done is not self._known_here and (key := (*self._key, h.done)) not in self._known:
-            if shape[-1] != self.neurons or not (self._activation.instead or self._is_activation(h.done)):
+            form = None if self._activation.instead else self._form_of(h.done)
+            if shape[-1] != self.neurons or (form is None and not self._activation.instead):
                 what = f"{self.path} does not compute {self._activation.function} between its projections"
                 raise OtherActivationError(f"{what}; {CHANGE}")
-            self._known.add(key)
-        self._known_here = h.done
+            self._known[key] = form
+        if h.done is not self._known_here:
+            self._known_here, self.form = h.done, self._known[(*self._key, h.done)]
         return call.y if shape[:-1] == call.y.shape[:-1] else call.y.view(*shape[:-1], -1)
 
-    def _is_activation(self, done: Any) -> bool:
-        """Tries it with random products. Which rows of a fused matrix are the gate's is not known: one way must fit."""
+    def _form_of(self, done: Any) -> int | None:
+        """Tries the activation with random products. Which rows of a fused matrix are the gate's is not known: one of
+        FUSED_FORMS must fit. None where it does not."""
         random = torch.Generator("cpu").manual_seed(0)
         with torch.no_grad(), plain_torch():
             shape = (2, TRIED_ROWS, self.neurons)
@@ -263,7 +279,8 @@ class PartsOfFFN:
                 torch.stack([up, gate], -1).flatten(-2),
             )
             alone = {("gate",): gate, ("up",): up if self.gated else gate}
-            return any(_repeats(done, alone | {("gate", "up"): both}, expected) for both in fused)
+            fits = (_repeats(done, alone | {("gate", "up"): both}, expected) for both in fused)
+            return next((form for form, fitting in enumerate(fits) if fitting), None)
 
 
 def _repeats(done: Any, products: dict[tuple[str, ...], Tensor], expected: Tensor) -> bool:

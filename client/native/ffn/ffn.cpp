@@ -33,6 +33,16 @@ std::pair<const Job&, size_t> part_of(std::span<const Job> jobs, const Count& co
     return {*job, item};
 }
 
+// Copies what the entries [first, end) of a job give to where it is wanted.
+template <typename Job>
+void give_h(const Job& job, size_t entries, size_t first, size_t end) {
+    for (size_t t = 0; t < job.tokens; t++) {
+        const size_t group = t / TOKENS_MAX, some = job.in_group(group);
+        const float* of_group = job.h + group * TOKENS_MAX * entries + t % TOKENS_MAX;
+        for (size_t i = first; i < end; i++) job.list.rows.h[t * job.list.rows.h_stride + i] = of_group[i * some];
+    }
+}
+
 }  // namespace
 
 struct Ffn::Group {
@@ -140,6 +150,7 @@ void Ffn::fire_some(const Job& job, size_t first, size_t end) const {
         fire_two({of_tokens(t), of_tokens(t + 1)}, job.list, x, {h_of(t), h_of(t + 1)});
     }
     for (; t < x.groups(); t++) fire_group(of_tokens(t), job.list.of_tokens(t), x, h_of(t));
+    if (job.list.rows.h != nullptr) give_h(job, entries_of(job.list), first, end);
 }
 
 bool Ffn::has_pairs() const {
@@ -191,6 +202,12 @@ Ffn::Group Ffn::activate_group(const Group& group, const Neurons& list, float* d
             for (size_t t = 0; t < tokens; t++) dots[i * tokens + t] += list.bias[group.entry[i]];
         }
     }
+    if (list.rows.bias != nullptr) {
+        for (size_t t = 0; t < tokens; t++) {
+            const float* of_row = list.rows.bias + (group.tokens * TOKENS_MAX + t) * list.rows.bias_stride;
+            for (size_t i = 0; i < group.count; i++) dots[i * tokens + t] += of_row[group.entry[i]];
+        }
+    }
     activate_all(shape_.activation, *gate_or_up_.kernels, dots, group.count * tokens);
     Group open{{}, 0, group.tokens};
     for (size_t i = 0; i < group.count; i++) {
@@ -218,11 +235,14 @@ void Ffn::open_gate(const Group& group, const Neurons& list, const Rows& x, floa
 // Without branches: half of the gates of a ReLU are closed, in no order.
 void Ffn::multiply_group(const Group& group, const Neurons& list, const float* dots, size_t tokens, float* h) const {
     const Activation activation = shape_.activation;
+    const float* of_rows = list.rows.up_bias;
+    if (of_rows != nullptr) of_rows += group.tokens * TOKENS_MAX * list.rows.bias_stride;
     for (size_t i = 0; i < group.count; i++) {
         const uint32_t entry = group.entry[i];
-        const float bias = list.up_bias != nullptr ? list.up_bias[entry] : 0.0f;
+        const float of_all = list.up_bias != nullptr ? list.up_bias[entry] : 0.0f;
         for (size_t t = 0; t < tokens; t++) {
             const float value = h[entry * tokens + t];
+            const float bias = of_rows == nullptr ? of_all : of_all + of_rows[t * list.rows.bias_stride + entry];
             const float product = value * up_factor(activation, dots[i * tokens + t] + bias);
             h[entry * tokens + t] = value != 0.0f ? product : value;
         }

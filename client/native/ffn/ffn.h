@@ -31,6 +31,15 @@ struct FfnShape {
     bool gated() const { return parts.size() == 3; }
 };
 
+// What each row of x has of its own, [tokens, neurons] by entry of a list: an adapter's part.
+struct RowTerms {
+    const float* bias = nullptr;     // added to b; null: nothing
+    const float* up_bias = nullptr;  // added to c, likewise
+    size_t bias_stride = 0;          // between tokens, of both
+    float* h = nullptr;              // set to what the neurons give; null: not wanted
+    size_t h_stride = 0;
+};
+
 // A list of neurons, in the order of their sum, and which rows of x want each. Of slabs, an entry of `bias` and
 // `up_bias` is still one neuron, and all rows want all.
 struct Neurons {
@@ -39,11 +48,13 @@ struct Neurons {
     const float* up_bias = nullptr;       // c, likewise; not used without a gate
     const uint16_t* row_masks = nullptr;  // bit t: row t wants the entry; null: all rows want all
     size_t mask_stride = 0;               // between the masks of one group of TOKENS_MAX rows and those of the next
+    RowTerms rows{};                      // of FfnSum only
 
     // `count` bundles from `first` on, of `neurons` each.
     Neurons part(size_t first, size_t count, size_t neurons = 1) const {
         const auto from = [&](auto* each) { return each != nullptr ? each + first * neurons : nullptr; };
-        return {bundles.subspan(first, count), from(bias), from(up_bias), from(row_masks), mask_stride};
+        const RowTerms of_rows{from(rows.bias), from(rows.up_bias), rows.bias_stride, from(rows.h), rows.h_stride};
+        return {bundles.subspan(first, count), from(bias), from(up_bias), from(row_masks), mask_stride, of_rows};
     }
     Neurons of_tokens(size_t group) const {
         Neurons some = *this;

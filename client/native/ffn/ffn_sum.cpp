@@ -39,7 +39,7 @@ void FfnSum::add(const Neurons& list) {
     if (x_->tokens == 0) return;
     Reading reading = ffn_.new_reading();
     const auto checked = reading.checked(list.bundles);
-    const Neurons readable{checked, list.bias, list.up_bias};
+    const Neurons readable{checked, list.bias, list.up_bias, nullptr, 0, list.rows};
     if (!in_groups()) return ffn_.add_list(readable, *x_, y_);
     const size_t least = FIRED_BLOCKS_MIN * FIRED_MAX * ffn_.workers_.threads();
     const size_t many = divide_up(std::max(least, SUM_H_ELEMENTS / x_->tokens), GROUP_NEURONS) * GROUP_NEURONS;

@@ -142,7 +142,14 @@ def add_all(addresses: Any, of_all: Any, x_rows: Any, y_rows: Any) -> None:
     every_neuron.finish()
 
 
+def add_with_rows(addresses: Any, of_rows: Any, of_h: Any) -> None:
+    every_neuron = FfnSum(bf16, x, y)
+    every_neuron.add(addresses, None, of_rows, of_h)
+    every_neuron.finish()
+
+
 picks, weights = np.array([[0, 2], [1, 2]]), np.ones((2, 2), np.float32)
+row_biases = np.zeros((len(biases), len(x), NEURONS), np.float32)
 no_picks = (None, None, None, None, x, y)
 
 
@@ -152,6 +159,7 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "accumulate": (ffn.accumulate, (right_addresses, h, y)),
     "add_rows": (ffn.add_rows, (right_addresses, biases, ones[None], x, y)),
     "sum": (add_all, (right_addresses, biases, x, y)),
+    "sum with rows": (add_with_rows, (right_addresses, row_biases, np.zeros((len(x), NEURONS), np.float32))),
     "multiply": (Linear(WORKERS, "F32").multiply, (np.zeros((9, HIDDEN), np.float32), x, products)),
     "multiply 16 bit": (Linear(WORKERS, "BF16").multiply, (np.zeros((9, HIDDEN), np.uint16), x, products)),
     "attend": (Attention(WORKERS, "F32").attend, (rows, rows, rows, None, True, 1.0, out)),

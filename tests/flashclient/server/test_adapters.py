@@ -25,6 +25,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:Futu
 BASE = "tiny"
 PROMPT = "Once upon a time"
 TOKENS = 12
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+FFN = ["gate_proj", "up_proj", "down_proj"]
 
 
 def make_adapter(checkpoint: Path, folder: Path, modules: list[str], **more: Any) -> Path:
@@ -42,7 +44,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert cli.main(["import", str(checkpoint), "--store", str(made / "store")]) == 0
     make_adapter(checkpoint, made / "one", ["q_proj", "v_proj"], lora_alpha=64)
     make_adapter(checkpoint, made / "other.2", ["k_proj", "o_proj"], lora_alpha=64, lora_dropout=0.5)
-    make_adapter(checkpoint, made / "ffn", ["down_proj"])
+    make_adapter(checkpoint, made / "all", [*ATTENTION, *FFN], lora_alpha=16, use_rslora=True)
+    make_adapter(checkpoint, made / "ffn", ["down_proj"], lora_alpha=64, layers_to_transform=[1])
+    make_adapter(checkpoint, made / "dora", ["up_proj"], use_dora=True)
     make_adapter(make_checkpoint("opt", made / "opt"), made / "stranger", ["out_proj"])
     return made
 
@@ -66,8 +70,8 @@ def told_alone(folder: Path, name: str | None) -> str:
 
 
 def test_requests_name_the_adapter(folder: Path, daemon: Daemon) -> None:
-    names = {BASE: None, "one": "one", "v2": "other.2"}
-    flags = ("--lora-modules", f"one={folder / 'one'}", "--lora-modules", f"v2={folder / 'other.2'}")
+    names = {BASE: None, "one": "one", "v2": "other.2", "all": "all", "ffn": "ffn"}
+    flags = [f"--lora-modules={name}={folder / adapter}" for name, adapter in names.items() if adapter is not None]
     got: dict[str, set[str]] = {name: set() for name in names}
     with server_of(daemon, BASE, flags=flags) as url, openai.OpenAI(base_url=url, api_key="none") as asking:
 
@@ -80,7 +84,8 @@ def test_requests_name_the_adapter(folder: Path, daemon: Daemon) -> None:
         with ThreadPoolExecutor() as threads:
             list(threads.map(ask, names))
         listed: list[Any] = list(asking.models.list())
-    assert [(one.id, one.model_dump().get("parent")) for one in listed] == [(BASE, None), ("one", BASE), ("v2", BASE)]
+    parents = [(one.id, one.model_dump().get("parent")) for one in listed]
+    assert parents == [(BASE, None), *((name, BASE) for name in list(names)[1:])]
     assert got == {name: {told_alone(folder, adapter)} for name, adapter in names.items()}
     assert len(set.union(*got.values())) == len(names), "the adapters change nothing"
 
@@ -89,7 +94,10 @@ def test_requests_name_the_adapter(folder: Path, daemon: Daemon) -> None:
     ("name", "message"),
     [
         ("store", "adapter 'a': .*store has no adapter_config.json: give the folder of an adapter of PEFT"),
-        ("ffn", "adapter 'a' adapts FFNs, whose weights weightd holds"),
+        (
+            "dora",
+            "adapter 'a' is of the kind Dora at model.layers.0.mlp.up_proj, and FFNs take plain LoRA: train it so",
+        ),
         ("stranger", "adapter 'a' does not fit tiny: "),
         ("torn", "adapter 'a' does not fit tiny: "),
     ],

@@ -161,6 +161,26 @@ def test_an_interrupt_after_the_catalog_has_the_model_loses_nothing(
     assert [path.name for path in (store.path / "tiny").iterdir()] == ["bundles.bin"]
 
 
+@pytest.mark.parametrize("what", ["nothing", "a file", "a link to nowhere", "a link to a folder"])
+def test_what_was_put_in_the_place_of_a_model_is_removed_with_it(store: Store, tmp_path: Path, what: str) -> None:
+    add_model(store)
+    elsewhere = (store.path / "tiny").rename(tmp_path / "elsewhere")
+    if what == "a file":
+        (store.path / "tiny").touch()
+    elif what != "nothing":
+        (store.path / "tiny").symlink_to(elsewhere if what == "a link to a folder" else tmp_path / "nowhere")
+    store.remove("tiny")
+    assert sorted(path.name for path in store.path.iterdir()) == ["catalog.mdb", "catalog.mdb-lock"]
+    assert (elsewhere / "bundles.bin").exists()
+    add_model(store)
+
+
+def test_what_is_in_the_way_of_an_import_is_named(store: Store) -> None:
+    (store.path / "tiny").symlink_to("nowhere")
+    with pytest.raises(StoreError, match="tiny is in the way and no model: move it, or import as another --name"):
+        store.begin_import("tiny")
+
+
 def test_an_import_is_replaced_by_a_new_one_and_by_no_other(store: Store) -> None:
     layout = bundle_layout(parts_of(("up", "down"), plain("F32")), 8, 4096)
     record = weightd_pb2.Model(name="tiny", compute_dtype="F32", bundle=layout, import_id=b"1")

@@ -91,10 +91,21 @@ def set_aside(store_path: Path, folder: Path) -> Path:
 
 
 def delete(folder: Path) -> None:
-    """Removes a folder that was set aside. Another process may delete the same folder at the same time."""
-    while folder.exists():
+    """Removes a folder that was set aside. Another process may delete the same folder at the same time.
+
+    Of a link only the link is removed.
+    """
+    while os.path.lexists(folder):
         with suppress(FileNotFoundError):
-            shutil.rmtree(folder)
+            if is_folder(folder):
+                shutil.rmtree(folder)
+            else:
+                folder.unlink()
+
+
+def is_folder(path: Path) -> bool:
+    """Whether it is a folder itself, and no link to one."""
+    return path.is_dir() and not path.is_symlink()
 
 
 def sync(path: Path) -> None:

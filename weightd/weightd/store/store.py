@@ -71,6 +71,7 @@ from weightd.store.staged_folder import (
     STAGED_PREFIX,
     StagedFolder,
     delete,
+    is_folder,
     is_held,
     marker_of,
     set_aside,
@@ -236,6 +237,10 @@ class Store(Closing):
     def take_out(self, name: str) -> Path:
         """Removes the model from the catalog. Returns its folder, to be deleted. The caller holds the store's lock."""
         folder = self.path / name
+        if os.path.lexists(folder) and not is_folder(folder):
+            removed = set_aside(self.path, folder)
+            self.catalog.remove(name, (CHECKSUMS, PLACEMENT))
+            return removed
         folder.mkdir(exist_ok=True)  # a record whose folder was deleted by hand can still be removed
         (folder / MARKER_FILE).touch()
         sync(folder)
@@ -273,8 +278,10 @@ class Store(Closing):
         """StoreError unless the name is free, or belongs to the import that is to be replaced."""
         if replaces and self.model(name).import_id == replaces:
             return
-        if (self.path / name).exists() or self.catalog.model(name) is not None:
+        if self.catalog.model(name) is not None:
             raise StoreError(f"model {name!r} is already in {self.path}: rm it first, or import it as another --name")
+        if os.path.lexists(self.path / name):
+            raise StoreError(f"{self.path / name} is in the way and no model: move it, or import as another --name")
 
     def _create(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
