@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -22,7 +22,7 @@ COMPLETION_TOKENS_DEFAULT = 16  # of the interface
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
-Ids = Annotated[list[int], Field(max_length=PROMPT_TOKENS_MAX, fail_fast=True)]
+Ids = Annotated[list[Annotated[int, Field(strict=True)]], Field(max_length=PROMPT_TOKENS_MAX, fail_fast=True)]
 # Other servers take -1 where there is no limit.
 TokensMax = Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(lambda given: None if given == -1 else given)]
 TopK = Annotated[Annotated[int, Field(ge=0)] | None, BeforeValidator(lambda given: 0 if given == -1 else given)]
@@ -72,9 +72,16 @@ class SamplingBody(_Body):
     @model_validator(mode="before")
     @classmethod
     def _leave_out(cls, given: Any) -> Any:
-        """Null is as good as left out, for fields that are not known, too: some clients send all that they know."""
+        """Null is as good as left out, for fields that are not known, too: some clients send all that they know.
+
+        Raises:
+            Problem: true or false stands where a number is wanted.
+        """
         if not isinstance(given, dict):
             return given
+        for name, field in cls.model_fields.items():
+            if isinstance(given.get(name), bool) and bool not in get_args(field.annotation):
+                raise Problem(400, f"{name} is neither true nor false: see the interface for what it may be", name)
         return {name: value for name, value in given.items() if value is not None or name in cls.model_fields}
 
     @property
@@ -218,6 +225,8 @@ class ChatBody(SamplingBody):
 
 
 def _text(message: dict[str, Any]) -> str:
+    if message.get("function_call") is not None:
+        raise Problem(400, "function_call is not supported: give tool_calls", "messages")
     content = message.get("content")
     if content is None and (message.get("tool_calls") or message.get("role") == "assistant"):
         return ""
@@ -227,4 +236,6 @@ def _text(message: dict[str, Any]) -> str:
         raise Problem(400, "a message has no text: give its content as a string", "messages")
     if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
         raise Problem(400, "a message has a part that is not text, and this server reads text only", "messages")
-    return "".join(str(part.get("text", "")) for part in content)
+    if not all(isinstance(part.get("text"), str) for part in content):
+        raise Problem(400, "a part of a message has no text: give it as a string", "messages")
+    return "".join(part["text"] for part in content)

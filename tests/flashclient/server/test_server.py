@@ -321,6 +321,12 @@ def test_requests_at_once_do_not_change_each_other(asking: openai.OpenAI, alone:
         ({"stop": ""}, "stop: "),
         ({"messages": [{"role": "user"}]}, "a message has no text: give its content as a string"),
         ({"messages": [{"role": "user", "content": 5}]}, "a message has no text"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": None}]}]},
+            "a part of a message has no text",
+        ),
+        ({"messages": [{"role": "assistant", "function_call": {"name": "f"}}]}, "function_call is not supported"),
+        ({"max_tokens": True}, "max_tokens is neither true nor false"),
         ({"extra_body": {"chat_template_kwargs": {"chat_template": "x"}}}, "cannot set chat_template"),
         ({"extra_body": {"repetition_penalty": 1e-40}}, "repetition_penalty: "),
         ({"logit_bias": {"100000": 5}}, "logit_bias has token 100000, and the model's tokens are 0 to"),
