@@ -9,6 +9,7 @@ import copy
 import difflib
 import inspect
 from collections.abc import Iterable, Mapping
+from numbers import Integral
 from typing import Any
 
 from transformers import Cache, GenerationConfig
@@ -149,6 +150,10 @@ def merged_config(model: Any, arguments: Mapping[str, Any]) -> GenerationConfig:
         raise OptionError(str(error)) from error
     for name in REFUSED:
         _refuse(REFUSED, name, getattr(config, name, None))
+    for name in ("num_beams", "num_return_sequences"):  # of 0 transformers raises a ZeroDivisionError
+        value = getattr(config, name)
+        if value is not None and (not isinstance(value, Integral) or value < 1):
+            raise OptionError(f"{name}={value!r} must be a whole number from 1 on")
     if config.cache_implementation in _CACHES:
         reason = _CACHES[config.cache_implementation]
         raise OptionError(f"cache_implementation='{config.cache_implementation}' is refused: {reason}")

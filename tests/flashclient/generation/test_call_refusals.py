@@ -62,6 +62,8 @@ def client(clients: dict[str, FlashClient]) -> FlashClient:
         ({"max_new_tokens": "5"}, "."),
         ({"max_new_tokens": 0}, "`max_new_tokens` must be greater than 0"),
         ({"max_new_tokens": 2.5}, "^max_new_tokens=2.5 must be a whole number"),
+        ({"num_beams": 0}, "^num_beams=0 must be a whole number from 1 on"),
+        ({"do_sample": True, "num_return_sequences": -1}, "^num_return_sequences=-1 must be a whole number from 1 on"),
         ({"max_length": 5}, "Input length of input_ids is 7, but `max_length` is set to 5"),
         ({"num_return_sequences": 2}, "Greedy methods"),
         ({"num_beams": 2, "num_return_sequences": 3}, "has to be smaller or equal to `num_beams`"),
