@@ -6,6 +6,7 @@ import argparse
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,17 +52,22 @@ def llama_python(folder: Path) -> Path:
     """
     python = folder / "bin" / "python"
     if not python.exists():
-        _run([sys.executable, "-m", "venv", str(folder)])
+        _run([sys.executable, "-m", "venv", str(folder)], PACKAGE)
     if subprocess.run([python, "-c", "import llama_cpp"], capture_output=True, check=False).returncode != 0:
-        _run([str(python), "-m", "pip", "install", "--quiet", "--no-binary", PACKAGE, PACKAGE])
+        install(["--no-binary", PACKAGE, PACKAGE], str(python))
     return python
 
 
-def _run(command: list[str]) -> None:
+def install(arguments: Sequence[str], python: str) -> None:
+    """Installs packages with pip. Raises BenchError with its last line if that fails."""
+    _run([python, "-m", "pip", "install", "--quiet", *arguments], arguments[-1])
+
+
+def _run(command: list[str], package: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | BUILD)
     if done.returncode:
         said = done.stderr.strip().splitlines() or ["nothing"]
-        raise BenchError(f"{PACKAGE} cannot be installed: {said[-1]}; give --llama-cpp an environment that has it")
+        raise BenchError(f"{package} cannot be installed: {said[-1]}")
 
 
 @dataclass(frozen=True)

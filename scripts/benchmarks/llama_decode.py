@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 os.environ.pop("GOMP_SPINCOUNT", None)  # flashclient sets it for torch in the bench; llama.cpp is faster without it
 import llama_cpp  # type: ignore[import-not-found]
+from storage_reads import read_bytes  # type: ignore[import-not-found]
 
 
 def map_weights() -> None:
@@ -54,13 +54,6 @@ def run(gguf: str, ids: list[int], prompt_tokens: int, new_tokens: int, threads:
         told["read_bytes"].append(read_bytes() - before_bytes)
         told["greedy"].append(max(range(model.n_vocab()), key=logits.__getitem__))
     return told
-
-
-def read_bytes() -> int:
-    """Bytes that this process has read from storage, page faults included."""
-    found = re.search(r"^read_bytes: (\d+)", Path("/proc/self/io").read_text(), re.MULTILINE)
-    assert found is not None
-    return int(found[1])
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,9 +76,9 @@ def module_command(name: str, *options: str) -> list[str]:
     return ["env", f"PYTHONPATH={SCRIPTS}", sys.executable, *options, "-m", name]
 
 
-def run_json(command: Sequence[str], what: str) -> Any:
+def run_json(command: Sequence[str], what: str, environment: Mapping[str, str] | None = None) -> Any:
     """Runs a command that prints JSON. Raises BenchError with its last line of standard error."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode != 0:
         said = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
         raise BenchError(f"{what}: {said[-1]}")

@@ -62,8 +62,11 @@ def write_tokenizer(vocabulary: int, folder: Path) -> None:
     write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
-def write_dense_gguf(shape: Shape, checkpoint: Path, target: Path) -> None:
+def write_dense_gguf(shape: Shape, checkpoint: Path, target: Path, as_qwen3: bool = False) -> None:
     """Writes the checkpoint as a GGUF file to `target`, whose folder appears when it is complete.
+
+    Args:
+        as_qwen3: of Qwen3's architecture, which is Llama's with norms of queries and keys. They are ones.
 
     Raises:
         OSError: the folder exists, or the disk is too small.
@@ -86,8 +89,14 @@ def write_dense_gguf(shape: Shape, checkpoint: Path, target: Path) -> None:
     for layer in range(shape.layers):
         for name, source in (ATTENTION | parts).items():
             tensors[f"blk.{layer}.{name}"] = [f"model.layers.{layer}.{source}"]
+    architecture, paired_heads, ones = config["model_type"], shape.heads, {}
+    if as_qwen3:
+        architecture, paired_heads = "qwen3", 0
+        norms = (f"blk.{layer}.attn_{part}_norm.weight" for layer in range(shape.layers) for part in "qk")
+        ones = dict.fromkeys(norms, shape.hidden_size // shape.heads)
+        keys |= {f"attention.{each}_length": shape.hidden_size // shape.heads for each in ("key", "value")}
     with new_folder(target.parent, bytes_of(checkpoint_shapes(config).values())) as folder:
-        write_gguf(folder / target.name, config["model_type"], keys, tensors, checkpoint, shape.heads)
+        write_gguf(folder / target.name, architecture, keys, tensors, checkpoint, paired_heads, ones)
 
 
 def bytes_of(sizes: Iterable[tuple[int, ...]]) -> int:

@@ -40,6 +40,7 @@ def write_gguf(
     tensors: Mapping[str, Sequence[str]],
     checkpoint: Path,
     paired_heads: int = 0,
+    ones: Mapping[str, int] | None = None,
 ) -> None:
     """Writes the tensors one by one, so no more than one is in memory.
 
@@ -49,6 +50,7 @@ def write_gguf(
             dimension of their own.
         paired_heads: the heads of queries and keys, if llama.cpp rotates neighbouring rows of this architecture, where
             transformers rotates a row of the first half with one of the second. Else 0.
+        ones: norms that the checkpoint lacks, by their length: they are ones.
     """
     writer = new_writer(path, architecture, keys)
     _add_vocabulary(writer, int(keys["vocab_size"]))
@@ -58,6 +60,9 @@ def write_gguf(
         kind = _kind(name)
         full = _full_shape(name, read.shape(sources[0]), len(sources))
         writer.add_tensor_info(name, full, kind, int(np.prod(full)) * kind.itemsize)
+    norms = {name: np.ones(length, np.float32) for name, length in (ones or {}).items()}
+    for name, norm in norms.items():
+        name_tensor(writer, name, norm)
     write_front(writer)
     for name, sources in tqdm(tensors.items(), unit="tensor", disable=None):
         parts = [read(source, _kind(name)) for source in sources]
@@ -65,6 +70,8 @@ def write_gguf(
         if paired_heads and name.endswith(("attn_q.weight", "attn_k.weight")):
             tensor = _in_pairs(tensor, paired_heads)
         writer.write_tensor_data(tensor)
+    for norm in norms.values():
+        writer.write_tensor_data(norm)
     writer.close()
 
 

@@ -94,11 +94,12 @@ def dense_store(shape: str, folder: Path, layers: int | None = None) -> PlantedS
     return dense
 
 
-def dense_gguf(dense: PlantedStore, shape: str, layers: int | None) -> Path:
-    """The weights of a dense_store() in a file for llama.cpp, beside the checkpoint. Makes it if it is missing."""
-    path = dense.checkpoint.with_name(f"gguf-{dense.name}") / f"{dense.name}.gguf"
+def dense_gguf(dense: PlantedStore, shape: str, layers: int | None, as_qwen3: bool = False) -> Path:
+    """The weights of a dense_store() as a GGUF file (write_dense_gguf), beside the checkpoint. Made if missing."""
+    name = f"{dense.name}-qwen3" if as_qwen3 else dense.name
+    path = dense.checkpoint.with_name(f"gguf-{name}") / f"{name}.gguf"
     if not path.exists():
-        write_dense_gguf(cut(shape, layers)[0], dense.checkpoint, path)
+        write_dense_gguf(cut(shape, layers)[0], dense.checkpoint, path, as_qwen3)
     return path
 
 

@@ -17,6 +17,7 @@ from benchmarks import readahead as readahead_module
 from benchmarks.llama import DEFAULT
 from benchmarks.processes import BenchError
 from benchmarks.readahead import readahead
+from benchmarks.storage_reads import read_bytes
 from gguf import GGUFReader, dequantize
 from moe import rows as rows_module
 from moe.files import MixtureFiles, mixture_files
@@ -147,6 +148,9 @@ def test_the_peer_is_given_the_prompt_and_then_single_tokens(monkeypatch: pytest
     monkeypatch.setattr(package, "Llama", FakeLlama, raising=False)
     monkeypatch.setattr(package, "llama_get_logits_ith", lambda model, _: model.logits(), raising=False)
     monkeypatch.setitem(sys.modules, "llama_cpp", package)
+    monkeypatch.setitem(
+        sys.modules, "storage_reads", sys.modules["benchmarks.storage_reads"]
+    )  # the peer runs in the folder of its file
     peer = importlib.import_module("benchmarks.llama_decode")
     monkeypatch.setattr(peer, "read_bytes", iter(range(0, 600, 100)).__next__)
     told = peer.run("model.gguf", [10, 20, 30, 40, 50, 60], prompt_tokens=3, new_tokens=3, threads=2)
@@ -157,10 +161,9 @@ def test_the_peer_is_given_the_prompt_and_then_single_tokens(monkeypatch: pytest
 
 
 def test_bytes_read_by_a_process_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    peer = importlib.import_module("benchmarks.llama_decode")
     io = "rchar: 7\nwchar: 8\nread_bytes: 4096\nwrite_bytes: 12\ncancelled_write_bytes: 0\n"
-    monkeypatch.setattr(peer.Path, "read_text", lambda _: io)
-    assert peer.read_bytes() == 4096
+    monkeypatch.setattr(Path, "read_text", lambda _: io)
+    assert read_bytes() == 4096
 
 
 def test_a_row_of_llama_cpp_leaves_out_the_first_tokens(files: MixtureFiles) -> None:
