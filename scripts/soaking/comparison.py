@@ -22,9 +22,17 @@ class Comparison:
     times_s: dict[Kind, tuple[list[float], list[float]]] = field(default_factory=lambda: defaultdict(lambda: ([], [])))
     hostile: bool | None = None  # None: between two turns
     since_s: float = 0.0  # of this turn
+    tokens_before: dict[Kind, int] = field(default_factory=dict)  # this turn
 
     def begin(self, hostile: bool) -> None:
         self.hostile, self.since_s = hostile, time.monotonic()
+        self.tokens_before = {kind: len(times[hostile]) for kind, times in self.times_s.items()}
+
+    def has_enough(self, kinds: Sequence[Kind]) -> bool:
+        """Whether this turn has half of the tokens that a kind needs: there are two turns."""
+        assert self.hostile is not None
+        counts = (len(self.times_s[kind][self.hostile]) - self.tokens_before.get(kind, 0) for kind in kinds)
+        return min(counts) >= TOKENS_MIN / 2
 
     def end(self) -> None:
         self.hostile = None

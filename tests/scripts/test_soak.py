@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from repository import SCRIPTS
 from soaking.clients import SILENT_S, SPEAKS_WITHIN_S, Silences
+from soaking.comparison import TOKENS_MIN, TURNS, Comparison
 from soaking.store import READING_S, Corruption
 
 SCRIPT = SCRIPTS / "soak.py"
@@ -62,3 +63,16 @@ def test_an_error_is_explained_by_the_bundle_that_it_names_and_no_other(tmp_path
     assert not made.explains("opt", says, made.end_s + READING_S + 1, made.end_s + READING_S + 2), (
         "after it was repaired"
     )
+
+
+def test_a_turn_is_longer_until_it_has_half_of_the_tokens_that_a_percentile_needs() -> None:
+    kinds = [("opt", "exact", "shm"), ("llama", "predict", "shm")]
+    compared = Comparison()
+    for hostile in TURNS:
+        compared.begin(hostile)
+        for kind in kinds:
+            assert not compared.has_enough(kinds)
+            compared.take(kind, compared.since_s, [0.01] * (TOKENS_MIN // 2))
+        assert compared.has_enough(kinds)
+        compared.end()
+    assert compared.wrong(kinds) == []
