@@ -19,6 +19,7 @@ from benchmarks.processes import SCRIPTS, BenchError, run_json
 from benchmarks.readahead import readahead
 
 PACKAGE = "llama-cpp-python"
+REMEDY = "give --llama-cpp an environment that has it"
 # Whole instruction set of this processor; the wheels of the index have the least common one.
 BUILD = {"CMAKE_ARGS": "-DGGML_NATIVE=ON"}
 DEFAULT = Path.home() / ".cache" / "weightd-bench" / "llama-cpp"
@@ -52,22 +53,22 @@ def llama_python(folder: Path) -> Path:
     """
     python = folder / "bin" / "python"
     if not python.exists():
-        _run([sys.executable, "-m", "venv", str(folder)], PACKAGE)
+        _run([sys.executable, "-m", "venv", str(folder)], PACKAGE, REMEDY)
     if subprocess.run([python, "-c", "import llama_cpp"], capture_output=True, check=False).returncode != 0:
-        install(["--no-binary", PACKAGE, PACKAGE], str(python))
+        install(["--no-binary", PACKAGE, PACKAGE], str(python), REMEDY)
     return python
 
 
-def install(arguments: Sequence[str], python: str) -> None:
-    """Installs packages with pip. Raises BenchError with its last line if that fails."""
-    _run([python, "-m", "pip", "install", "--quiet", *arguments], arguments[-1])
+def install(arguments: Sequence[str], python: str, remedy: str) -> None:
+    """Installs packages with pip. Raises BenchError with its last line and the remedy if that fails."""
+    _run([python, "-m", "pip", "install", "--quiet", *arguments], arguments[-1], remedy)
 
 
-def _run(command: list[str], package: str) -> None:
+def _run(command: list[str], package: str, remedy: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | BUILD)
     if done.returncode:
         said = done.stderr.strip().splitlines() or ["nothing"]
-        raise BenchError(f"{package} cannot be installed: {said[-1]}")
+        raise BenchError(f"{package} cannot be installed: {said[-1]}; {remedy}")
 
 
 @dataclass(frozen=True)

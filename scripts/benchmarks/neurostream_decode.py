@@ -7,17 +7,20 @@ NEW_TOKENS RAM_BYTES BLOCK_ROWS` prints one JSON object, as llama_decode.py does
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+os.environ.pop("GOMP_SPINCOUNT", None)  # as for llama.cpp: flashclient sets it for its own torch
 
 import torch
 from neurostream import NeuroStream, api  # type: ignore[import-not-found]
 from neurostream.model.qwen3 import KVCache  # type: ignore[import-not-found]
 from storage_reads import read_bytes  # type: ignore[import-not-found]
 
-ARENA = "64MB"  # of blocks that are read; larger ones made no difference
+ARENA = "64MB"  # of blocks that are being read
 
 
 def run(gguf: str, ids: list[int], prompt_tokens: int, new_tokens: int, memory: tuple[int, int]) -> dict[str, Any]:

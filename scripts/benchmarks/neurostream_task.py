@@ -39,7 +39,7 @@ def decode_neurostream(task: NeurostreamTask, memory_bytes: int, weights_bytes: 
         BenchError: it failed, or its packages cannot be installed.
     """
     if not (DEFAULT / "neurostream").exists():
-        install(["--no-deps", "--target", str(DEFAULT), *PACKAGES], sys.executable)
+        install(["--no-deps", "--target", str(DEFAULT), *PACKAGES], sys.executable, "give --no-peers to go without it")
     make_cold(task.gguf.parent)
     numbers = map(str, (task.prompt_tokens, task.new_tokens, weights_bytes, block_rows))
     program = str(SCRIPTS / "benchmarks" / "neurostream_decode.py")
