@@ -140,6 +140,7 @@ class Connection:
         self.timeout_s = timeout_s
         self._revive = revive
         self._private = private
+        self._closed = False
         self._channel = open_channel(parsed, tls)
         self._threads = CallThreads()
         self.stub: Any = CalledStub(stub_of(self._channel, parsed), self._threads)
@@ -157,10 +158,15 @@ class Connection:
         except grpc.RpcError as error:
             raise self._translated(error) from error
         except ValueError as error:  # gRPC raises it after close()
-            raise errors.DaemonLostError(f"the connection to weightd at {self.address} was closed") from error
+            raise self._closed_error() from error
+
+    def _closed_error(self) -> errors.DaemonLostError:
+        return errors.DaemonLostError(f"the connection to weightd at {self.address} was closed")
 
     def _translated(self, error: Any) -> errors.FlashClientError:
         kind = _ERROR_OF_STATUS.get(error.code(), errors.RefusedError)
+        if self._closed and issubclass(kind, errors.DaemonLostError):
+            return self._closed_error()
         if issubclass(kind, errors.DaemonLostError):
             return kind(f"weightd at {self.address} does not answer: {error.details()}")
         return kind(self._text_of(error) or f"weightd at {self.address} refused: {error.code().name.lower()}")
@@ -327,6 +333,7 @@ class Connection:
         return order
 
     def close(self) -> None:
-        """Closes the channel and ends every call on it."""
+        """Closes the channel and ends every call on it, for which no other thread waits to attach again."""
+        self._closed = True
         self._threads.call(self._channel.close)
         self._threads.close()
