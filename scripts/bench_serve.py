@@ -290,7 +290,7 @@ def _options() -> argparse.Namespace:
     families = {EXACT: "llama", PREDICT: "opt"}
     known = [name for name, shape in SHAPES.items() if shape.family == families.get(options.kind)]
     if options.kind == MIXTURE:
-        known = [name for name, shape in MIXTURES.items() if not shape.quantised]  # a GGUF file has its own tokenizer
+        known = [name for name, shape in MIXTURES.items() if not shape.blocks]  # a GGUF file has its own tokenizer
     options.shape = options.shape or SHAPE_OF[options.kind]
     if options.shape not in known:
         parser.error(f"--shape {options.shape} is none of --kind {options.kind}: give one of {', '.join(known)}")

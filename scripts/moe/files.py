@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from planted.blocks import Matrix
 from planted.gguf_file import ATTENTION, OUTSIDE, joined, name_tensor, new_writer, write_front, write_gguf
 from planted.mixture import DTYPE, MIXTURES, NORM_EPSILON, MixtureShape, PlantedMixture
-from planted.q4_k import Matrix
 from planted.shapes import checkpoint_shapes
 from planted.shards import Shards, new_folder, write_json
 from planted.store import PlantedStore, import_once
@@ -113,7 +113,7 @@ def mixture_files(shape: str, layers: int | None, folder: Path) -> MixtureFiles:
     chosen, name = MIXTURES[shape], f"planted-{shape}"
     if layers is not None:
         chosen, name = replace(chosen, layers=layers), f"{name}-{layers}"
-    if chosen.quantised:
+    if chosen.blocks:
         return QuantisedFiles(folder / name / f"{name}.gguf", folder / f"store-{name}", name, chosen)
     return MixtureFiles(folder / name, folder / f"store-{name}", name, chosen)
 
@@ -146,17 +146,17 @@ def _write_quantised(path: Path, mixture: PlantedMixture) -> None:
     first = next(layers)  # all layers have the same shapes
     parts = {name: [outside[source]] for name, source in OUTSIDE.items()}
     for name, matrices in parts.items():
-        name_tensor(writer, name, joined(matrices))
-    like = {name: joined(matrices) for name, matrices in _of_layer(shape, first).items()}
+        name_tensor(writer, name, joined(name, matrices), shape.blocks)
+    like = {name: joined(name, matrices) for name, matrices in _of_layer(shape, first).items()}
     for layer in range(shape.layers):
         for name, data in like.items():
-            name_tensor(writer, f"blk.{layer}.{name}", data)
+            name_tensor(writer, f"blk.{layer}.{name}", data, shape.blocks)
     write_front(writer)
-    for matrices in parts.values():
-        writer.write_tensor_data(joined(matrices))
+    for name, matrices in parts.items():
+        writer.write_tensor_data(joined(name, matrices))
     for tensors in tqdm(chain([first], layers), total=shape.layers, unit="layer", disable=None):
-        for matrices in _of_layer(shape, tensors).values():
-            writer.write_tensor_data(joined(matrices))
+        for name, matrices in _of_layer(shape, tensors).items():
+            writer.write_tensor_data(joined(name, matrices))
     writer.close()
 
 

@@ -1,4 +1,4 @@
-"""Planted GGUF files: a checkpoint in shards with the same weights, matrices in F16; and matrices in Q4_K."""
+"""Planted GGUF files: a checkpoint in shards with the same weights, matrices in F16; and matrices in blocks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from tqdm import tqdm
 
-from planted.q4_k import KIND, Matrix, Q4KMatrix
+from planted.blocks import BlockKind, BlockMatrix, Matrix
 
 BYTES_FROM = 3  # the ids of "<unk>", "<s>" and "</s>" come before those of bytes
 TEXTS_FROM = BYTES_FROM + 256
@@ -110,15 +110,21 @@ def write_front(writer: GGUFWriter) -> None:
     writer.write_ti_data_to_file()
 
 
-def joined(matrices: Sequence[Matrix]) -> NDArray[Any]:
-    """Blocks, or numbers in fp32, in which llama.cpp computes norms and routers. Several have a dimension more."""
-    arrays = [one.blocks if isinstance(one, Q4KMatrix) else one.float().numpy() for one in matrices]
+def joined(name: str, matrices: Sequence[Matrix]) -> NDArray[Any]:
+    """A tensor's blocks or numbers. Several matrices have a dimension more."""
+    kind = _kind(name)
+    arrays = [one.blocks if isinstance(one, BlockMatrix) else one.float().numpy().astype(kind) for one in matrices]
     return arrays[0] if len(arrays) == 1 else np.stack(arrays)
 
 
-def name_tensor(writer: GGUFWriter, name: str, data: NDArray[Any]) -> None:
-    """Adds a tensor like `data`, which joined() has returned, to the front of the file."""
-    writer.add_tensor_info(name, data.shape, data.dtype, data.nbytes, KIND if data.dtype == np.uint8 else None)
+def name_tensor(writer: GGUFWriter, name: str, data: NDArray[Any], blocks: BlockKind | None = None) -> None:
+    """Adds a tensor like `data`, which joined() has returned, to the front of the file.
+
+    Args:
+        blocks: what the bytes of `data` are, if it has bytes.
+    """
+    encoding = blocks.encoding if blocks and data.dtype == np.uint8 else None
+    writer.add_tensor_info(name, data.shape, data.dtype, data.nbytes, encoding)
 
 
 def _kind(name: str) -> np.dtype[Any]:

@@ -25,8 +25,8 @@ from simulation.traces import expert_choices
 from torch import Tensor
 from torch.nn import functional
 
+from planted.blocks import KINDS, BlockKind, BlockNoise, Matrix
 from planted.layers import Noise, rotated
-from planted.q4_k import Matrix, Q4KNoise, q4_k_bytes
 
 ADDED = 0.2  # standard deviation, per coordinate, of the output of one attention or mixture; that of embeddings is 1
 # A router's logit of a chosen expert; that of the others is -MARGIN. It is small because the weights of experts are as
@@ -61,7 +61,12 @@ class MixtureShape:
     context_tokens: int = 2048
 
     architecture = "olmoe"  # its name in GGUF files
-    quantised = False
+    normalises_heads = False  # queries and keys are normalised head by head
+
+    @property
+    def blocks(self) -> BlockKind | None:
+        """Of a quantised model's experts."""
+        return None
 
     @property
     def tokens_max(self) -> int:
@@ -77,10 +82,16 @@ class MixtureShape:
         return self.hidden_size // self.heads
 
     def matrix_bytes(self, rows: int, columns: int) -> int:
+        """Of a matrix outside the experts."""
         return rows * columns * DTYPE.itemsize
 
     def noise(self, seed: int) -> Matrices:
+        """Makes the matrices outside the experts."""
         return Noise(seed, DTYPE)
+
+    def expert_noise(self, outside: Matrices, seed: int) -> Matrices:
+        """Makes the matrices of experts. outside: what makes the others."""
+        return outside
 
     def config(self) -> dict[str, Any]:
         """The content of config.json."""
@@ -116,18 +127,25 @@ class MixtureShape:
 
     @property
     def expert_bytes(self) -> int:
-        return 3 * self.matrix_bytes(self.expert_size, self.hidden_size)
+        matrix_bytes = self.blocks.matrix_bytes if self.blocks else self.matrix_bytes
+        return 3 * matrix_bytes(self.expert_size, self.hidden_size)
 
 
 @dataclass(frozen=True)
 class QuantisedShape(MixtureShape):
-    """Sizes of a planted mixture, which has the architecture of Qwen3's mixtures and all matrices in Q4_K."""
+    """Sizes of a planted mixture, which has the architecture of Qwen3's mixtures and experts in blocks."""
 
     query_groups: int = 8  # heads that share keys and values
     head_width: int = 128
+    encoding: str = "Q4_K"  # one of planted.blocks.KINDS
+    all_in_blocks: bool = True  # also the matrices outside the experts
 
     architecture = "qwen3moe"
-    quantised = True
+    normalises_heads = True
+
+    @property
+    def blocks(self) -> BlockKind:
+        return KINDS[self.encoding]
 
     @property
     def kv_heads(self) -> int:
@@ -138,10 +156,15 @@ class QuantisedShape(MixtureShape):
         return self.head_width
 
     def matrix_bytes(self, rows: int, columns: int) -> int:
-        return q4_k_bytes(rows, columns)
+        if not self.all_in_blocks:
+            return super().matrix_bytes(rows, columns)
+        return self.blocks.matrix_bytes(rows, columns)
 
     def noise(self, seed: int) -> Matrices:
-        return Q4KNoise(seed)
+        return BlockNoise(self.blocks, seed) if self.all_in_blocks else super().noise(seed)
+
+    def expert_noise(self, outside: Matrices, seed: int) -> Matrices:
+        return outside if self.all_in_blocks else BlockNoise(self.blocks, seed)
 
     def normalised_heads(self, x: Tensor, heads: int) -> Tensor:
         return normalised(in_heads(x, heads))
@@ -156,6 +179,12 @@ MIXTURES: Mapping[str, MixtureShape] = {
     "olmoe-tiny": MixtureShape(512, 128, 4, 16, 4, 4, 1024),
     "qwen3-30b-a3b-q4_k": QuantisedShape(2048, 768, 48, 128, 8, 32, 151936),
     "qwen3-tiny-q4_k": QuantisedShape(512, 256, 4, 16, 4, 4, 1024, query_groups=2, head_width=64),
+    "gpt-oss-20b-mxfp4": QuantisedShape(
+        2880, 2880, 24, 32, 4, 64, 201088, query_groups=8, head_width=64, encoding="MXFP4", all_in_blocks=False
+    ),
+    "gpt-oss-tiny-mxfp4": QuantisedShape(
+        288, 288, 4, 16, 4, 4, 1024, query_groups=2, head_width=64, encoding="MXFP4", all_in_blocks=False
+    ),
 }
 
 
@@ -178,6 +207,7 @@ class PlantedMixture:
         self.precisions: list[float] = []
         self._seed = seed
         self._noise = shape.noise(seed)
+        self._expert_noise = shape.expert_noise(self._noise, seed)
         self._stream = torch.empty(0)  # [tokens, hidden_size] fp32: the residual stream of the sequence
         self._before = torch.empty(0)  # the input of the last router
 
@@ -213,7 +243,8 @@ class PlantedMixture:
         width = shape.heads * shape.head_size
         tensors["self_attn.o_proj.weight"] = self._noise.matrix(size, width, ADDED * width**-0.5)
         norms = {"input_layernorm": size, "post_attention_layernorm": size}
-        norms |= dict.fromkeys(("self_attn.q_norm", "self_attn.k_norm"), shape.head_size if shape.quantised else size)
+        normalised_size = shape.head_size if shape.normalises_heads else size
+        norms |= dict.fromkeys(("self_attn.q_norm", "self_attn.k_norm"), normalised_size)
         return tensors | {f"{norm}.weight": torch.ones(wide, dtype=DTYPE) for norm, wide in norms.items()}
 
     def _normalised(self) -> Tensor:
@@ -265,8 +296,8 @@ class PlantedMixture:
         tensors: dict[str, Matrix] = {}
         added = torch.zeros_like(x)
         for expert in range(self.shape.experts):
-            gate, up = (self._noise.matrix(width, size, size**-0.5) for _ in range(2))
-            down = self._noise.matrix(size, width, ADDED / strength)
+            gate, up = (self._expert_noise.matrix(width, size, size**-0.5) for _ in range(2))
+            down = self._expert_noise.matrix(size, width, ADDED / strength)
             names = (f"mlp.experts.{expert}.{part}_proj.weight" for part in ("gate", "up", "down"))
             tensors |= dict(zip(names, (gate, up, down), strict=True))
             tokens, pick = torch.where(picks == expert)

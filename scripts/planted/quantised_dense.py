@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from planted.blocks import Q4_K, BlockNoise, Matrix
 from planted.dense import NORM_EPSILON, ROPE_THETA
 from planted.gguf_file import joined, name_tensor, new_writer, write_front
-from planted.q4_k import Matrix, Q4KNoise, q4_k_bytes
 from planted.shards import new_folder
 from planted.store import PlantedStore, import_once
 
@@ -53,8 +53,8 @@ class QuantisedDense:
     @property
     def needed_bytes(self) -> int:
         """Of the matrices that a token needs: all but the embeddings."""
-        head_bytes = q4_k_bytes(self.vocabulary, self.hidden_size)
-        return head_bytes + self.layers * sum(q4_k_bytes(*size) for size in self.layer.values())
+        head_bytes = Q4_K.matrix_bytes(self.vocabulary, self.hidden_size)
+        return head_bytes + self.layers * sum(Q4_K.matrix_bytes(*size) for size in self.layer.values())
 
     @property
     def keys(self) -> dict[str, int | float]:
@@ -101,12 +101,12 @@ def write_quantised(shape: QuantisedDense, path: Path) -> None:
     """Writes the file. One matrix is in memory at a time."""
     writer = new_writer(path, "llama", shape.keys)
     writer.add_tokenizer_model("none")
-    noise = Q4KNoise(SEED)
+    noise = BlockNoise(Q4_K, SEED)
     for name, size in _sizes(shape):
-        name_tensor(writer, name, _like(size))
+        name_tensor(writer, name, _like(size), Q4_K)
     write_front(writer)
-    for _, size in _sizes(shape):
-        writer.write_tensor_data(joined([_random(noise, size)]))
+    for name, size in _sizes(shape):
+        writer.write_tensor_data(joined(name, [_random(noise, size)]))
     writer.close()
 
 
@@ -124,10 +124,10 @@ def _like(size: tuple[int, ...]) -> NDArray[Any]:
     if len(size) == 1:
         return np.broadcast_to(np.float32(1), size)
     rows, columns = size
-    return np.broadcast_to(np.uint8(0), (rows, q4_k_bytes(1, columns)))
+    return np.broadcast_to(np.uint8(0), (rows, Q4_K.matrix_bytes(1, columns)))
 
 
-def _random(noise: Q4KNoise, size: tuple[int, ...]) -> Matrix:
+def _random(noise: BlockNoise, size: tuple[int, ...]) -> Matrix:
     """Norms are ones; other matrices keep the variance of what they are multiplied with."""
     if len(size) == 1:
         return torch.ones(size)
