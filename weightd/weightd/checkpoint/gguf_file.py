@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
+from weightd.checkpoint.model_folder import ModelFolder
+from weightd.disk.gguf_names import part_names
 from weightd.disk.tensors import SourceTensor, check_extent
 from weightd.errors import CheckpointError
 from weightd.sizes import round_up
@@ -24,6 +26,7 @@ from weightd_proto.weightd_pb2 import Encoding
 Item = TypeVar("Item")
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
+PART, PARTS = "split.no", "split.count"
 ALIGNMENT_BYTES_DEFAULT = 32
 STRING_TYPE, ARRAY_TYPE = 8, 9
 DIMENSIONS_MAX = 4  # GGML_MAX_DIMS
@@ -57,7 +60,51 @@ class GgufFile:
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Reads a header. CheckpointError if the file is incomplete, is not GGUF, or is one part of a split file."""
+    """Reads the header, and those of the other parts if the file is the first part of a split one.
+
+    CheckpointError if a file is incomplete, is not GGUF, or is not the part that its name says.
+    """
+    first = read_header(path)
+    parts = _whole_number(path, first.metadata, PARTS, 1)
+    if parts <= 1:
+        return first
+    names = part_names(path.name, parts)
+    if not names:
+        raise CheckpointError(
+            f"{path} is one of {parts} parts, whose names end in -00001-of-{parts:05d}.gguf and so on: rename them, or "
+            "join them with llama-gguf-split --merge"
+        )
+    if path.name != names[0]:
+        raise CheckpointError(f"{path} is one of {parts} parts: give the first, {names[0]}")
+    _check_part(first, 0, parts)
+    folder, tensors = ModelFolder(path.parent), dict(first.tensors)
+    missing = [name for name in names if not folder.has(name)]
+    if missing:
+        raise CheckpointError(
+            f"{len(missing)} of the {parts} parts of {path} are missing, first {missing[0]}: download them, too"
+        )
+    for index, name in enumerate(names[1:], 1):
+        part = read_header(folder.file(name))
+        _check_part(part, index, parts)
+        twice = tensors.keys() & part.tensors.keys()
+        if twice:
+            raise CheckpointError(f"{part.path} has {min(twice)}, as a part before it has: download the parts again")
+        tensors |= part.tensors
+    return replace(first, tensors=tensors)
+
+
+def _check_part(file: GgufFile, index: int, parts: int) -> None:
+    """CheckpointError if the file does not say that it is this part."""
+    found = [_whole_number(file.path, file.metadata, name, default) for name, default in ((PART, 0), (PARTS, 1))]
+    if found != [index, parts]:
+        raise CheckpointError(
+            f"{file.path} says that it is part {found[0] + 1} of {found[1]}, and its name that it is {index + 1} of "
+            f"{parts}: download it again"
+        )
+
+
+def read_header(path: Path) -> GgufFile:
+    """Reads the header of one file, which may be a part. CheckpointError if it is incomplete, or is not GGUF."""
     file_bytes = path.stat().st_size
     with path.open("rb") as file:
         if file.read(4) != MAGIC:
@@ -66,9 +113,6 @@ def read_gguf(path: Path) -> GgufFile:
             parsed = _Header(path, file, file_bytes).parse()
         except (EOFError, UnicodeDecodeError, OverflowError, MemoryError) as error:
             raise CheckpointError(f"{path} is incomplete: its header ends early; download it again") from error
-    parts = _whole_number(path, parsed.metadata, "split.count", 1)
-    if parts > 1:
-        raise CheckpointError(f"{path} is one of {parts} parts: join them with llama-gguf-split --merge")
     for tensor in parsed.tensors.values():
         check_extent(tensor, file_bytes)
     return parsed

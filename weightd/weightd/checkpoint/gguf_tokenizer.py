@@ -20,7 +20,7 @@ from unittest import mock
 
 import numpy as np
 
-from weightd.checkpoint.gguf_file import ARRAY_TYPE, STRING_TYPE, GgufFile, Value, read_gguf
+from weightd.checkpoint.gguf_file import ARRAY_TYPE, STRING_TYPE, GgufFile, Value, read_header
 from weightd.errors import CheckpointError
 
 # Values of tokenizer.ggml.pre, which says how text is split before merging: as by GPT-2, or the same after every digit
@@ -67,7 +67,7 @@ class LeanReader:
     """
 
     def __init__(self, path: str) -> None:
-        file = read_gguf(Path(path))
+        file = read_header(Path(path))
         self.fields = {name: _field(value) for name, value in file.metadata.items() if ".rope.scaling." not in name}
         self.tensors = [SimpleNamespace(name=name) for name in file.tensors]
 
@@ -82,7 +82,7 @@ def _field(value: Value) -> SimpleNamespace:
 
 def write_tokenizer(path: Path, folder: Path) -> None:
     """Writes the tokenizer of the file at `path` into `folder`. CheckpointError if it cannot be honoured."""
-    file = read_gguf(path)
+    file = read_header(path)
     pre = _string(file, "ggml.pre") or "default"
     kind = _string(file, "ggml.model")
     _check_split(file, kind, pre)

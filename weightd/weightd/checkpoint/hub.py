@@ -32,6 +32,7 @@ from weightd.checkpoint.folder import (
     WEIGHTS_FILES,
     configuration_name,
 )
+from weightd.disk.gguf_names import models_among, parts_of
 from weightd.errors import CheckpointError, SpaceError
 from weightd.sizes import format_size
 
@@ -152,11 +153,11 @@ class _Fetch:
 
     def _wanted(self, files: Mapping[str, int], commit: str) -> list[str]:
         """The files that an import reads. Configuration and index are downloaded for this."""
-        ggufs = sorted(file for file in files if file.endswith(".gguf") and not _name(file).startswith("mmproj"))
+        ggufs = models_among(files)
         if self._file is not None:
             if self._file not in ggufs:
                 raise CheckpointError(f"{self._place} has no file {self._file}: its .gguf files are {_listed(ggufs)}")
-            return [self._file]
+            return self._parts(self._file, files)
         weights: list[str] = []
         kept = [file for file in files if _matches(file)]
         if CONFIG_FILE in files:
@@ -171,7 +172,18 @@ class _Fetch:
             )
         if not ggufs:
             raise CheckpointError(f"{self._place} has nothing that can be imported: no safetensors, .bin or .gguf file")
-        return ggufs
+        return self._parts(ggufs[0], files)
+
+    def _parts(self, first: str, files: Mapping[str, int]) -> list[str]:
+        """The files of a GGUF model, which may be split."""
+        parts = parts_of(first)
+        missing = [part for part in parts if part not in files]
+        if missing:
+            raise CheckpointError(
+                f"{self._place} lacks {len(missing)} of the {len(parts)} parts of {first} on the hub: it was not "
+                "uploaded whole; take another file or model"
+            )
+        return parts
 
     def _configuration(self, commit: str) -> tuple[str, dict[str, Any]]:
         config = read_json(self._small_file(CONFIG_FILE, commit))
@@ -246,10 +258,6 @@ class _Fetch:
             f"no file or folder {self._name}, and it cannot be downloaded from {endpoint} ({reason}): check the "
             "network and run the command again; what has been downloaded is kept"
         )
-
-
-def _name(file: str) -> str:
-    return file.rpartition("/")[2]
 
 
 def _listed(files: list[str]) -> str:

@@ -5,15 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from weightd.checkpoint.checkpoint import Checkpoint
-from weightd.checkpoint.folder import has_weights, open_folder
+from weightd.checkpoint.folder import CONFIG_FILE, has_weights, open_folder
 from weightd.checkpoint.gguf import open_gguf
+from weightd.checkpoint.gguf_file import MAGIC
 from weightd.checkpoint.model_folder import ModelFolder
+from weightd.disk.gguf_names import SUFFIX, models_among
 from weightd.errors import CheckpointError
 from weightd_proto.hub_names import is_hub_name
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint at `path`: a Hugging Face folder, a .gguf file, or a folder with exactly one .gguf file.
+    """The checkpoint at `path`: a Hugging Face folder, a .gguf file, or a folder with one model in .gguf files.
 
     Reads headers only. CheckpointError if the checkpoint is missing, incomplete or of an unknown kind.
     """
@@ -22,11 +24,30 @@ def open_checkpoint(path: Path) -> Checkpoint:
         return open_gguf(path)
     if not path.is_dir():
         raise CheckpointError(f"{path} is neither a file nor a folder: give a Hugging Face folder or a .gguf file")
+    gguf = gguf_at(path)
+    return open_folder(path) if gguf is None else open_gguf(gguf)
+
+
+def gguf_at(path: Path) -> Path | None:
+    """The GGUF file that open_checkpoint() reads at `path`; of a split one, the first part.
+
+    CheckpointError if there are several, or if one is a link out of its folder.
+    """
+    if path.is_file():
+        return path if path.suffix == SUFFIX or _is_gguf(path) else None
     folder = ModelFolder(path)
-    gguf_files = folder.matching(("*.gguf",))
-    if len(gguf_files) == 1 and not has_weights(folder):  # a config.json may lie beside it
-        return open_gguf(folder.file(gguf_files[0]))
-    return open_folder(path)
+    files = models_among(folder.matching((f"*{SUFFIX}",)))
+    if not files or has_weights(folder) or (len(files) > 1 and folder.has(CONFIG_FILE)):
+        return None  # a config.json may lie beside one model
+    if len(files) > 1:
+        raise CheckpointError(f"{path} holds {len(files)} models in {SUFFIX} files: give one of {', '.join(files)}")
+    folder.file(files[0])
+    return path / files[0]  # by its name there: that of a blob does not say where other parts are
+
+
+def _is_gguf(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
 
 
 def check_exists(path: Path) -> None:

@@ -12,7 +12,7 @@ from weightd.checkpoint.checkpoint import read_json
 from weightd.checkpoint.folder import CONFIG_FILE, configuration_name, has_weights, with_quantisation
 from weightd.checkpoint.gguf import open_gguf
 from weightd.checkpoint.model_folder import ModelFolder
-from weightd.checkpoint.opening import locate_here, open_checkpoint
+from weightd.checkpoint.opening import gguf_at, locate_here, open_checkpoint
 from weightd.checkpoint.quantisation.formats import quantisation
 from weightd.errors import CheckpointError
 from weightd.importing.client_process import Ask, TokenCost, derive, derive_from_config, token_cost
@@ -64,10 +64,9 @@ def subject_of(
             if model in opened.names():
                 return _stored(opened, model, dtype or resident_request, ask)
     path, config = _configuration(model, revision)
-    method = None if path.suffix == ".gguf" else quantisation(path, config)
-    if dtype is None and (
-        path.suffix == ".gguf" or (method and path.is_dir() and has_weights(ModelFolder(path), config))
-    ):
+    gguf = gguf_at(path) is not None
+    method = None if gguf else quantisation(path, config)
+    if dtype is None and (gguf or (method and path.is_dir() and has_weights(ModelFolder(path), config))):
         return _with_its_encodings(path, device, ask, resident_request or "")
     name = model if model in SLIDES else model_name_for(path.parent if path.name == CONFIG_FILE else path)
     if method is None or dtype is not None:
@@ -95,8 +94,9 @@ def _configuration(model: str, revision: str | None) -> tuple[Path, Mapping[str,
             f"no file or folder {model}, and no configuration of that name is shipped: those are {', '.join(SLIDES)}"
         )
     path = locate_here(model, revision)
-    if path.suffix == ".gguf":
-        return path, open_gguf(path).config
+    gguf = gguf_at(path)
+    if gguf is not None:
+        return path, open_gguf(gguf).config
     if path.is_file():
         return path, read_json(path)
     if not (path / CONFIG_FILE).is_file():

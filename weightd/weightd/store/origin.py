@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from weightd import _native
+from weightd.disk.gguf_names import parts_of
 from weightd_proto import weightd_pb2
 
 # The kinds of files that an import may read. An edited README does not change the checkpoint.
@@ -54,7 +55,8 @@ def hub_name_of(path: Path) -> str | None:
 def _files(path: Path) -> dict[str, Path]:
     """The files of the checkpoint by their name in the record."""
     if path.is_file():
-        return {path.name: path}
+        parts = {name: path.parent / name for name in parts_of(path.name)}
+        return {path.name: path} | {name: part for name, part in parts.items() if part.is_file()}
     folders = [path, *(path / name for name in FOLDERS)]
     files = [file for folder in folders if folder.is_dir() for file in folder.iterdir()]
     return {str(file.relative_to(path)): file for file in files if file.suffix in SUFFIXES and file.is_file()}

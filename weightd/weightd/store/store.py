@@ -61,6 +61,7 @@ import numpy as np
 import numpy.typing as npt
 
 from weightd.closing import Closing
+from weightd.disk.gguf_names import without_suffix
 from weightd.errors import CorruptionError, ImportingError, StoreError
 from weightd.store.catalog import Arrays, Catalog
 from weightd.store.daemon_lock import DaemonLock
@@ -105,11 +106,11 @@ def check_model_name(name: str) -> str:
 def model_name_for(path: Path) -> str:
     """The name of the checkpoint at `path` in a store, unless --name gives another one.
 
-    It is the name of the folder or of the .gguf file, with a dash for every character that no model name may have. A
-    snapshot in the hub's cache has its name on the hub, without the organisation.
+    It is the name of the folder or of the .gguf file, without the number of a part, with a dash for every character
+    that no model name may have. A snapshot in the hub's cache has its name on the hub, without the organisation.
     """
     last = (hub_name_of(path) or path.name).rpartition("/")[2]
-    name = re.sub(r"[^A-Za-z0-9_.+-]", "-", last.removesuffix(".gguf")).lstrip("-+.")[:NAME_BYTES_MAX]
+    name = re.sub(r"[^A-Za-z0-9_.+-]", "-", without_suffix(last)).lstrip("-+.")[:NAME_BYTES_MAX]
     return name if name and name not in _RESERVED else f"model-{name}".rstrip("-")
 
 
