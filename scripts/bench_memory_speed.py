@@ -9,6 +9,7 @@ maps the same numbers as a GGUF file.
 - OPT-1.3B's shape in fp16, with neurons that fire as published (make_planted_model.py), in exact mode and in predict
   mode. llama.cpp does not know OPT: it computes the same matrices as a GPT-2, all of them.
 - OLMoE-1B-7B's shape in fp16, a planted mixture of experts (planted/mixture.py), with 4 of its 16 layers
+- Llama 1.3B's shape in Q8_0 and Q4_0, and OLMoE-1B-7B's sizes in Q4_0 and Qwen3's architecture: one GGUF file for all
 - Gemma 3 270M and SmolLM2-135M, real models, rounded from their quantised files to bf16 for all three; and as they are,
   in Q4_K_M and Q4_1 (-kept), which transformers rounds to bf16
 

@@ -14,6 +14,7 @@ from planted.dense import write_dense_gguf
 from planted.gpt2 import write_gpt2_gguf
 from planted.mixture import MIXTURES
 from planted.plan import FALSE_NEGATIVES, SHAPES
+from planted.quantised_dense import QUANTISED, quantised_store
 from planted.store import PlantedStore, cut, dense_store, import_once, planted_store
 
 from memory_speed.packages import PACKAGED, packaged_gguf
@@ -26,10 +27,12 @@ DTYPE = "bf16"  # of packaged models, whose files are quantised
 KEPT = "-kept"  # after the name of a packaged model: with its quantised numbers
 EMBEDDINGS = ("embed_tokens.weight", "embed_positions.weight")  # looked up by row, also where they are resident
 HEAD = "lm_head.weight"
-TINY = ("llama-tiny", "opt-tiny", "olmoe-tiny")  # for tests
-MODELS = ("llama-1.3b", "opt-1.3b", "olmoe-1b-7b", *PACKAGED, *(name + KEPT for name in PACKAGED))
+TINY = ("llama-tiny", "llama-tiny-q4_0", "opt-tiny", "olmoe-tiny", "olmoe-tiny-q4_0")  # for tests
+PLAIN = ("llama-1.3b", "opt-1.3b", "olmoe-1b-7b")
+BLOCKS = ("llama-1.3b-q8_0", "llama-1.3b-q4_0", "olmoe-1b-7b-q4_0")
+MODELS = (*PLAIN, *BLOCKS, *PACKAGED, *(name + KEPT for name in PACKAGED))
 # Of OLMoE-1B-7B's 16: three processes hold the model at once, and its files are three.
-LAYERS_OF = {"olmoe-1b-7b": 4}
+LAYERS_OF = {"olmoe-1b-7b": 4, "olmoe-1b-7b-q4_0": 4}
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,8 @@ def measured_model(name: str, layers: int | None, folder: Path) -> MeasuredModel
     layers = layers or LAYERS_OF.get(name)
     if name in MIXTURES:
         return _mixture(name, layers, folder)
+    if name in QUANTISED:
+        return _quantised(name, layers, folder)
     return _dense(name, layers, folder) if SHAPES[name].family == "llama" else _planted(name, layers, folder)
 
 
@@ -128,10 +133,24 @@ def _mixture(name: str, layers: int | None, folder: Path) -> MeasuredModel:
     shape = files.shape
 
     def write(path: Path) -> None:
+        if files.gguf == files.checkpoint:
+            _link(path, files.gguf)
         files.converted()
 
     of_token = {"exact": needed_bytes(files.record, shape.chosen)}
     return MeasuredModel(name, _title(name, layers, MIXTURES[name].layers), files, write, of_token, shape.vocabulary)
+
+
+def _quantised(name: str, layers: int | None, folder: Path) -> MeasuredModel:
+    """SwiGLU of random blocks."""
+    shape = QUANTISED[name]
+    stored = quantised_store(name, folder, layers)
+
+    def write(path: Path) -> None:
+        _link(path, stored.checkpoint)
+
+    of_token = {"exact": needed_bytes(stored.record)}
+    return MeasuredModel(name, _title(name, layers, shape.layers), stored, write, of_token, shape.vocabulary)
 
 
 def _packaged(name: str, folder: Path) -> MeasuredModel:
@@ -145,13 +164,18 @@ def _packaged(name: str, folder: Path) -> MeasuredModel:
 
     def write(path: Path) -> None:
         if kept:
-            path.parent.mkdir(parents=True)
-            path.symlink_to(source.resolve())
+            _link(path, source)
         else:
             write_plain_gguf(source, path)
 
     of_token = {"exact": needed_bytes(record)}
     return MeasuredModel(name, name, stored, write, of_token, vocabulary, is_large=False)
+
+
+def _link(path: Path, source: Path) -> None:
+    """Makes `path` a link to a file that llama.cpp can read as it is."""
+    path.parent.mkdir(parents=True)
+    path.symlink_to(source.resolve())
 
 
 def _title(name: str, layers: int | None, of: int) -> str:

@@ -19,6 +19,8 @@ MEAN_CODE = 7.5
 D, DMIN, PACKED = slice(0, 2), slice(2, 4), slice(4, 16)  # bytes of a block
 EXACT_BITS = 7  # of d, so that dmin is a number of 16 bit, too
 SMALLEST = 2.0**-23  # of d: half of it is the smallest number of 16 bit
+# Of Q4_0: a scale d, then 32 values d * (q - 8) with 4-bit codes q. Of Q8_0: a scale, then 32 values of 8 bits. Neither
+# has the lowest code here, so that the mean is 0.
 # Of MXFP4: 32 numbers of 4 bits, which are symmetric, after the exponent of the power of two that scales them.
 EXPONENT, BIAS = 0, 127
 
@@ -111,7 +113,16 @@ def _prepare_q4_k(blocks: NDArray[np.uint8], random: np.random.Generator) -> Non
     blocks[:, PACKED] = np.concatenate([low, low, high | high << 4], axis=1)
 
 
-def _exact_scale_q4_k(scale: float) -> float:
+def _prepare_q4_0(blocks: NDArray[np.uint8], random: np.random.Generator) -> None:
+    low, high = (random.integers(1, 16, (len(blocks), 16), np.uint8) for _ in range(2))
+    blocks[:, 2:] = low | high << 4
+
+
+def _prepare_q8_0(blocks: NDArray[np.uint8], random: np.random.Generator) -> None:
+    blocks[:, 2:] = random.integers(-127, 128, (len(blocks), 32), np.int8).view(np.uint8)
+
+
+def _exact_scale(scale: float) -> float:
     """The nearest number that is exact in 16 bit, and is so if it is multiplied by 7.5."""
     step = max(2.0 ** (np.floor(np.log2(scale)) - EXACT_BITS + 1), SMALLEST)
     return float(round(scale / step) * step)
@@ -122,12 +133,18 @@ def _set_scale_q4_k(blocks: NDArray[np.uint8], scale: float) -> None:
         blocks[:, part] = np.frombuffer(np.float16(number).tobytes(), np.uint8)
 
 
+def _set_scale(blocks: NDArray[np.uint8], scale: float) -> None:
+    blocks[:, D] = np.frombuffer(np.float16(scale).tobytes(), np.uint8)
+
+
 def _set_scale_mxfp4(blocks: NDArray[np.uint8], scale: float) -> None:
     blocks[:, EXPONENT] = BIAS + round(np.log2(scale))
 
 
-Q4_K = BlockKind(GGMLQuantizationType.Q4_K, _prepare_q4_k, _exact_scale_q4_k, _set_scale_q4_k)
+Q4_K = BlockKind(GGMLQuantizationType.Q4_K, _prepare_q4_k, _exact_scale, _set_scale_q4_k)
+Q4_0 = BlockKind(GGMLQuantizationType.Q4_0, _prepare_q4_0, _exact_scale, _set_scale)
+Q8_0 = BlockKind(GGMLQuantizationType.Q8_0, _prepare_q8_0, _exact_scale, _set_scale)
 MXFP4 = BlockKind(
     GGMLQuantizationType.MXFP4, lambda *_: None, lambda scale: 2.0 ** round(np.log2(scale)), _set_scale_mxfp4
 )
-KINDS = {kind.encoding.name: kind for kind in (Q4_K, MXFP4)}
+KINDS = {kind.encoding.name: kind for kind in (Q4_K, Q4_0, Q8_0, MXFP4)}

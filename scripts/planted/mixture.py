@@ -177,6 +177,8 @@ class QuantisedShape(MixtureShape):
 MIXTURES: Mapping[str, MixtureShape] = {
     "olmoe-1b-7b": MixtureShape(2048, 1024, 16, 64, 8, 16, 50304),
     "olmoe-tiny": MixtureShape(512, 128, 4, 16, 4, 4, 1024),
+    "olmoe-1b-7b-q4_0": QuantisedShape(2048, 1024, 16, 64, 8, 16, 50304, query_groups=1, encoding="Q4_0"),
+    "olmoe-tiny-q4_0": QuantisedShape(512, 128, 4, 16, 4, 4, 1024, query_groups=1, encoding="Q4_0"),
     "qwen3-30b-a3b-q4_k": QuantisedShape(2048, 768, 48, 128, 8, 32, 151936),
     "qwen3-tiny-q4_k": QuantisedShape(512, 256, 4, 16, 4, 4, 1024, query_groups=2, head_width=64),
     "gpt-oss-20b-mxfp4": QuantisedShape(

@@ -1,9 +1,9 @@
-"""A dense model (SwiGLU) with all matrices in Q4_K, random: a GGUF file, which weightd and llama.cpp read."""
+"""A dense model (SwiGLU) with all matrices in blocks, random: a GGUF file, which weightd and llama.cpp read."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from planted.blocks import Q4_K, BlockNoise, Matrix
+from planted.blocks import KINDS, BlockKind, BlockNoise, Matrix
 from planted.dense import NORM_EPSILON, ROPE_THETA
 from planted.gguf_file import joined, name_tensor, new_writer, write_front
 from planted.shards import new_folder
@@ -22,7 +22,7 @@ SEED = 0
 
 @dataclass(frozen=True)
 class QuantisedDense:
-    """Sizes of a model, which has Llama's architecture. Rows of all matrices are multiples of 256."""
+    """Sizes of a model, which has Llama's architecture. Rows of all matrices are whole blocks."""
 
     hidden_size: int
     ffn_size: int
@@ -31,6 +31,11 @@ class QuantisedDense:
     kv_heads: int
     vocabulary: int
     context_tokens: int = 2048
+    encoding: str = "Q4_K"  # one of planted.blocks.KINDS
+
+    @property
+    def blocks(self) -> BlockKind:
+        return KINDS[self.encoding]
 
     @property
     def kv_size(self) -> int:
@@ -53,8 +58,9 @@ class QuantisedDense:
     @property
     def needed_bytes(self) -> int:
         """Of the matrices that a token needs: all but the embeddings."""
-        head_bytes = Q4_K.matrix_bytes(self.vocabulary, self.hidden_size)
-        return head_bytes + self.layers * sum(Q4_K.matrix_bytes(*size) for size in self.layer.values())
+        matrix_bytes = self.blocks.matrix_bytes
+        layer_bytes = sum(matrix_bytes(*size) for size in self.layer.values())
+        return matrix_bytes(self.vocabulary, self.hidden_size) + self.layers * layer_bytes
 
     @property
     def keys(self) -> dict[str, int | float]:
@@ -78,17 +84,25 @@ QUANTISED = {
     "qwen-7b-q4_k": QuantisedDense(4096, 11008, 32, 32, 32, 151936),
     # ChatGLM's FFN has two matrices of 16384 neurons; here it has three with as many weights.
     "chatglm-6b-q4_k": QuantisedDense(4096, 11008, 28, 32, 32, 130560),
+    "llama-1.3b-q8_0": QuantisedDense(2048, 5504, 24, 16, 16, 32000, encoding="Q8_0"),
+    "llama-1.3b-q4_0": QuantisedDense(2048, 5504, 24, 16, 16, 32000, encoding="Q4_0"),
+    "llama-tiny-q4_0": QuantisedDense(256, 1024, 4, 4, 4, 2048, encoding="Q4_0"),
     "llama-tiny-q4_k": QuantisedDense(256, 1024, 4, 4, 4, 2048),
 }
 
 
-def quantised_store(name: str, folder: Path) -> PlantedStore:
+def quantised_store(name: str, folder: Path, layers: int | None = None) -> PlantedStore:
     """The file and the store of one of QUANTISED in `folder`. Makes those that are missing.
+
+    Args:
+        layers: of the model, if not those of the shape.
 
     Raises:
         BenchError, OSError: as planted_store() does.
     """
-    name, shape = f"planted-{name}", QUANTISED[name]
+    shape, name = QUANTISED[name], f"planted-{name}"
+    if layers is not None:
+        shape, name = replace(shape, layers=layers), f"{name}-{layers}"
     made = PlantedStore(folder / name / f"{name}.gguf", folder / f"store-{name}", name)
     if not made.checkpoint.exists():
         with new_folder(made.checkpoint.parent, 2 * shape.needed_bytes) as partial:
@@ -101,9 +115,9 @@ def write_quantised(shape: QuantisedDense, path: Path) -> None:
     """Writes the file. One matrix is in memory at a time."""
     writer = new_writer(path, "llama", shape.keys)
     writer.add_tokenizer_model("none")
-    noise = BlockNoise(Q4_K, SEED)
+    noise = BlockNoise(shape.blocks, SEED)
     for name, size in _sizes(shape):
-        name_tensor(writer, name, _like(size), Q4_K)
+        name_tensor(writer, name, _like(size, shape.blocks), shape.blocks)
     write_front(writer)
     for name, size in _sizes(shape):
         writer.write_tensor_data(joined(name, [_random(noise, size)]))
@@ -119,12 +133,12 @@ def _sizes(shape: QuantisedDense) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield from ((f"blk.{layer}.{name}.weight", size) for name, size in of_layer.items())
 
 
-def _like(size: tuple[int, ...]) -> NDArray[Any]:
+def _like(size: tuple[int, ...], blocks: BlockKind) -> NDArray[Any]:
     """An array of the shape and dtype that _random() gives joined, without memory of its own."""
     if len(size) == 1:
         return np.broadcast_to(np.float32(1), size)
     rows, columns = size
-    return np.broadcast_to(np.uint8(0), (rows, Q4_K.matrix_bytes(1, columns)))
+    return np.broadcast_to(np.uint8(0), (rows, blocks.matrix_bytes(1, columns)))
 
 
 def _random(noise: BlockNoise, size: tuple[int, ...]) -> Matrix:

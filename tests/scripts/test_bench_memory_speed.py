@@ -77,6 +77,20 @@ def test_a_packaged_model_has_the_same_numbers_for_all(tmp_path: Path, monkeypat
     assert kept.token_bytes["exact"] < model.token_bytes["exact"] * 0.4
 
 
+@pytest.mark.parametrize("name", ["llama-tiny-q4_0", "olmoe-tiny-q4_0"])
+def test_a_model_of_blocks_is_one_file_for_all(tmp_path: Path, name: str) -> None:
+    model = measured_model(name, 2, tmp_path)
+    assert (model.layers, model.title) == (2, f"{name}, 2 of 4 layers")
+    assert model.gguf().resolve() == model.stored.checkpoint.resolve()
+    record = model.stored.record
+    assert {part.encoding.format for part in record.bundle.parts} == {"Q4_0"}
+    tensors = {tensor.name: int(tensor.n_bytes) for tensor in gguf.GGUFReader(model.gguf()).tensors}
+    experts = {name: size for name, size in tensors.items() if "_exps" in name}
+    chosen_bytes = sum(experts.values()) // 4  # 4 of 16 are chosen
+    needed_bytes = sum(tensors.values()) - tensors["token_embd.weight"] - sum(experts.values()) + chosen_bytes
+    assert model.token_bytes["exact"] == pytest.approx(needed_bytes, rel=0.05)
+
+
 def test_llama_cpp_gets_the_matrices_of_opt(tmp_path: Path) -> None:
     shape = SHAPES["opt-tiny"]
     planted = planted_store("opt-tiny", tmp_path, None, "fp16")

@@ -64,7 +64,8 @@ def test_gguf_holds_the_same_numbers(files: MixtureFiles) -> None:
     )
 
 
-@pytest.mark.parametrize(("encoding", "within"), [("Q4_K", 0.02), ("MXFP4", 0.42)])  # of MXFP4 scales double
+# Scales of MXFP4 double.
+@pytest.mark.parametrize(("encoding", "within"), [("Q4_K", 0.02), ("Q4_0", 0.02), ("Q8_0", 0.02), ("MXFP4", 0.42)])
 def test_blocks_hold_the_values_that_routers_are_made_for(encoding: str, within: float) -> None:
     noise = BlockNoise(KINDS[encoding], 3)
     for deviation in (1.0, 0.03, 0.0003):
