@@ -8,7 +8,7 @@ import re
 import shutil
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib.util import find_spec
 from itertools import repeat
@@ -116,7 +116,8 @@ def _adapter(text: str) -> tuple[str, Path]:
 def _run(options: argparse.Namespace) -> int:
     keys = _checked(options)
     with ExitStack() as opened:
-        _serve(_hosted(options, opened), options, keys)
+        listening = opened.enter_context(_bound(options))  # first: an import and a model's start may take long
+        _serve(_hosted(options, opened), options, keys, listening)
     return 0
 
 
@@ -230,7 +231,7 @@ def _cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flashclient"
 
 
-def _serve(models: dict[str, Any], options: argparse.Namespace, keys: list[str]) -> None:
+def _serve(models: dict[str, Any], options: argparse.Namespace, keys: list[str], listening: socket.socket) -> None:
     import uvicorn
 
     from flashclient.server.access import Access
@@ -238,7 +239,8 @@ def _serve(models: dict[str, Any], options: argparse.Namespace, keys: list[str])
     from flashclient.server.connections import ENDING_S, STOPPING_S, AnsweringServer, PatientProtocol
 
     api = make_api(models, Access(keys), options.ui, options.allow_origin)
-    listening = _bound(options)
+    with _named(options):
+        listening.listen(BACKLOG)
     host, port = listening.getsockname()[:2]
     served = ", ".join(f"{name} (mode {model.client.mode})" for name, model in models.items())
     say(f"serving {served} at http://{f'[{host}]' if ':' in host else host}:{port}/v1")
@@ -258,16 +260,21 @@ def _serve(models: dict[str, Any], options: argparse.Namespace, keys: list[str])
 
 
 def _bound(options: argparse.Namespace) -> socket.socket:
-    """A listening socket. Raises FlashClientError where the address cannot be had."""
+    """A socket with the address, which does not listen yet. Raises FlashClientError where it cannot be had."""
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
-    with ExitStack() as opened:
-        try:
-            listening = opened.enter_context(socket.socket(family, socket.SOCK_STREAM))
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listening.bind((options.host, options.port))
-            listening.listen(BACKLOG)
-        except OSError as error:
-            reason = (error.strerror or str(error)).lower()
-            raise FlashClientError(f"cannot listen at {options.host}:{options.port}: {reason}") from error
+    with ExitStack() as opened, _named(options):
+        bound = opened.enter_context(socket.socket(family, socket.SOCK_STREAM))
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((options.host, options.port))
         opened.pop_all()
-        return listening
+    return bound
+
+
+@contextmanager
+def _named(options: argparse.Namespace) -> Iterator[None]:
+    """Turns errors of a socket into FlashClientError, which names the address."""
+    try:
+        yield
+    except (OSError, UnicodeError) as error:
+        reason = (getattr(error, "strerror", None) or str(error)).lower()
+        raise FlashClientError(f"cannot listen at {options.host}:{options.port}: {reason}") from error

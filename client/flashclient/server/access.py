@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import hmac
 import re
 from collections.abc import Mapping, Sequence
@@ -19,15 +20,22 @@ BODY_BYTES_MAX = 8 << 20  # a prompt of a million tokens has about 4 MB
 
 
 def read_keys(path: Path) -> list[str]:
-    """The API keys of a file, one a line. Raises OptionError for a file that cannot be read, or has none."""
+    """The API keys of a file, one a line; lines that begin with # are none.
+
+    Raises:
+        OptionError: the file cannot be read, has no key, or one that no client can send.
+    """
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text("utf-8-sig").splitlines()  # editors of Windows put a mark before the first key
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not text"
         raise OptionError(f"the file of API keys {path}: {reason.lower()}") from error
-    keys = [line.strip() for line in lines if line.strip()]
+    keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not keys:
         raise OptionError(f"the file of API keys {path} has no key: write one a line")
+    for number, line in enumerate(lines, start=1):
+        if line.strip() in keys and not (line.isascii() and line.strip().isprintable()):
+            raise OptionError(f"line {number} of the file of API keys {path}: use letters, digits and signs of ASCII")
     return keys
 
 
@@ -71,6 +79,9 @@ class Access:
         if kind != "application/json":
             text = f"the body's type is {kind or 'missing'}, not application/json"
             raise Problem(415, f"{text}: with curl, add -H 'Content-Type: application/json'")
+        coding = request.headers.get("content-encoding", "identity").lower()
+        if coding != "identity":
+            raise Problem(415, f"the body is packed with {coding!r}: send it as it is, without Content-Encoding")
         declared = request.headers.get("content-length", "")
         if not declared.isdecimal() or (len(declared) < 20 and int(declared) <= BODY_BYTES_MAX):
             try:
@@ -87,7 +98,7 @@ async def _read(request: Request) -> bytes:
         held += piece
         if len(held) > BODY_BYTES_MAX:
             raise _too_large()
-    return bytes(held)
+    return bytes(held).removeprefix(codecs.BOM_UTF8)  # which editors of Windows put before a text
 
 
 def _too_large() -> Problem:

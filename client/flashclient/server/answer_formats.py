@@ -4,16 +4,24 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 ANY_OBJECT = {"type": "object"}
 
 
-class _Part(BaseModel):
+class RequestPart(BaseModel):
+    """An object in a request. Null is as good as left out, for fields that are not known, too: some clients send all
+    that they know."""
+
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out(cls, given: Any) -> Any:
+        return {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else given
 
-class TextFormat(_Part):
+
+class TextFormat(RequestPart):
     type: Literal["text"]
 
     @property
@@ -21,7 +29,7 @@ class TextFormat(_Part):
         return None
 
 
-class AnyObjectFormat(_Part):
+class AnyObjectFormat(RequestPart):
     """Other servers take a schema here, too."""
 
     type: Literal["json_object"]
@@ -32,7 +40,7 @@ class AnyObjectFormat(_Part):
         return self.schema_
 
 
-class NamedSchema(_Part):
+class NamedSchema(RequestPart):
     """`name` and `strict` change nothing: an answer always follows its schema."""
 
     name: Annotated[str, Field(max_length=64)] | None = None
@@ -41,7 +49,7 @@ class NamedSchema(_Part):
     strict: bool | None = None
 
 
-class SchemaFormat(_Part):
+class SchemaFormat(RequestPart):
     type: Literal["json_schema"]
     json_schema: NamedSchema
 

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol  # whatever else is installed
 
+from flashclient.server.problems import Problem
+
 REQUEST_S = 30.0  # within which the head of a request must have come; a server has a bounded number of connections
-STOPPING_S = 5  # for answers under way, when the server is told to stop
+STOPPING_S = 5  # for answers under way, when the server is told to stop once
+POLL_S = 0.05  # how often it then looks whether it was told twice
 ENDING_S = 3  # for telling the clients of those that take longer
 
 
 class AnsweringServer(uvicorn.Server):
     """uvicorn's own, which ends answers that outlast its stop with an error that says so.
+
+    At a second signal it ends them at once; uvicorn's own would break them off, with a traceback of each.
 
     Args:
         end: ends them.
@@ -28,6 +37,7 @@ class AnsweringServer(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, end: Callable[[], object]) -> None:
         super().__init__(config)
         self._end = end
+        self._hurries = False
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -39,12 +49,19 @@ class AnsweringServer(uvicorn.Server):
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._hurries = self.should_exit
+        self.should_exit = True
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        def end() -> None:
+        async def end() -> None:
+            until_s = time.monotonic() + STOPPING_S
+            while not self._hurries and time.monotonic() < until_s:
+                await asyncio.sleep(POLL_S)
             self._end()
             logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # its traceback for those who do not read
 
-        ending = asyncio.get_running_loop().call_later(STOPPING_S, end)
+        ending = asyncio.ensure_future(end())
         await super().shutdown(sockets)
         ending.cancel()
 
@@ -54,6 +71,16 @@ class PatientProtocol(H11Protocol):
 
     transport: Any
     cycle: Any
+
+    def send_400_response(self, msg: str) -> None:
+        """Other bytes than a request of HTTP, or one that contradicts itself. Told in the shape of all errors."""
+        message = "these bytes are no valid HTTP request; the server reads HTTP, not HTTPS, which is a proxy's work"
+        body = json.dumps(Problem(400, message).as_dict()).encode()
+        headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
+        response = h11.Response(status_code=400, headers=headers, reason=b"Bad Request")
+        for event in (response, h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event))
+        self.transport.close()
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)

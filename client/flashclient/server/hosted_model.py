@@ -18,7 +18,6 @@ from flashclient.batching.request import Progress, TextRequest
 from flashclient.batching.sampling import Sampling
 from flashclient.batching.scheduler import Scheduler
 from flashclient.client import FlashClient
-from flashclient.errors import OptionError
 from flashclient.generation.chat import LAYOUT, conversation
 from flashclient.generation.prompts import encode
 from flashclient.server.deadline import deadline
@@ -27,6 +26,7 @@ from flashclient.server.tool_formats import ToolFormat, format_of
 
 SEQUENCES_OF_REQUEST_MAX = 64
 CHARACTERS_MIN = 1 << 18  # of a prompt that is encoded in any case: an unknown word of any length may be one token
+ROLES = ("system", "user", "assistant", "tool", "function")
 TEMPLATE_S = 3.0  # for a chat template, which may have loops in loops
 NEW_TOKENS_DEFAULT = 2048  # of a chat, where neither the request nor the model's context sets a limit
 
@@ -106,7 +106,10 @@ class HostedModel:
     def chat_ids(
         self, messages: list[dict[str, Any]], layout: dict[str, Any], tools: list[dict[str, Any]] | None = None
     ) -> list[int]:
-        """The token ids of a conversation. Raises OptionError if the chat template refuses it."""
+        """The token ids of a conversation. Raises OptionError, Problem if the chat template refuses it."""
+        if self.tokenizer.chat_template is None:
+            text = f"model '{self.name}' has no chat template, as base models have none: send texts to /v1/completions"
+            raise Problem(400, text, "model")
         messages = [self._with_known_role(message) for message in messages]
         if tools or any(message.get("tool_calls") or message.get("role") == "tool" for message in messages):
             self.tool_format(tools)
@@ -125,11 +128,17 @@ class HostedModel:
         return [int(token) for token in prompt.inputs["input_ids"][0]]
 
     def _with_known_role(self, message: dict[str, Any]) -> dict[str, Any]:
-        """`developer` is the new name of `system`, which only newer chat templates know."""
-        known = self.tokenizer.chat_template
-        if message.get("role") != "developer" or "developer" in str(known):
+        """`developer` is the new name of `system`, which only newer chat templates know.
+
+        Raises:
+            Problem: the role is none of the interface, nor named in the template, which might leave such messages out.
+        """
+        role, named = message.get("role"), str(self.tokenizer.chat_template)
+        if not isinstance(role, str) or role in ROLES or (role and role in named):
             return message
-        return message | {"role": "system"}
+        if role == "developer":
+            return message | {"role": "system"}
+        raise Problem(400, f"a message has the role {role!r}: use one of {', '.join(ROLES)}", "messages")
 
     @property
     def grammars(self) -> Grammars:
@@ -140,7 +149,7 @@ class HostedModel:
             return self._grammars
 
     def text_ids(self, prompts: list[str] | list[list[int]]) -> list[list[int]]:
-        """The token ids of prompts. Raises OptionError for ids that are not the model's."""
+        """The token ids of prompts. Raises Problem for ids that are not the model's."""
         with self._encoding:
             return [self._ids(prompt) for prompt in prompts]
 
@@ -151,24 +160,27 @@ class HostedModel:
         strange = [token for token in prompt if not 0 <= token < self._vocabulary]
         if strange:
             last = self._vocabulary - 1
-            raise OptionError(f"the prompt has token {strange[0]}, and the model's tokens are 0 to {last}")
+            raise Problem(400, f"the prompt has token {strange[0]}, and the model's tokens are 0 to {last}", "prompt")
         return prompt
 
     def _check_length(self, characters: int) -> None:
-        """Raises OptionError for text that cannot fit the model's context: encoding it would take long."""
+        """Raises Problem for text that cannot fit the model's context: encoding it would take long."""
         if self._characters_max is not None and characters > self._characters_max:
             context = self.client.loaded.context_tokens
-            raise OptionError(f"the model's context is {context} tokens, and the prompt has {characters} characters")
+            raise _beyond_context(
+                f"the model's context is {context} tokens, and the prompt has {characters} characters"
+            )
 
     def ask(self, prompts: Sequence[Sequence[int]], asked: Asked) -> list[Answer]:
-        """Queues the sequences of a request. Raises BusyError, OptionError; then none is queued."""
+        """Queues the sequences of a request. Raises BusyError, OptionError, Problem; then none is queued."""
         sequences = len(prompts) * asked.count
         if sequences > SEQUENCES_OF_REQUEST_MAX:
-            raise OptionError(f"a request may ask for {SEQUENCES_OF_REQUEST_MAX} sequences, not {sequences}")
+            raise Problem(400, f"a request may ask for {SEQUENCES_OF_REQUEST_MAX} sequences, not {sequences}", "n")
         strange = [token for token in asked.sampling.get("logit_bias", ()) if not 0 <= token < self._vocabulary]
         if strange:
             last = self._vocabulary - 1
-            raise OptionError(f"logit_bias has token {strange[0]}, and the model's tokens are 0 to {last}")
+            text = f"logit_bias has token {strange[0]}, and the model's tokens are 0 to {last}"
+            raise Problem(400, text, "logit_bias")
         answers = []
         for place, prompt in enumerate(prompts):
             tokens_max = self._tokens_max(len(prompt), asked.tokens_max)
@@ -198,17 +210,22 @@ class HostedModel:
         return Answer(index, len(prompt), request, progress)
 
     def _tokens_max(self, prompt_tokens: int, asked: int | None) -> int:
-        """Raises OptionError if the prompt and what is asked for are longer than the model's context."""
+        """Raises Problem if the prompt and what is asked for are longer than the model's context."""
         context = self.client.loaded.context_tokens
         if context is None:
             return NEW_TOKENS_DEFAULT if asked is None else asked
         room = context - prompt_tokens
         if room < 1 or (asked is not None and asked > room):
-            raise OptionError(
+            raise _beyond_context(
                 f"the model's context is {context} tokens, and the prompt has {prompt_tokens}: "
                 + ("shorten the prompt" if room < 1 else f"at most {room} new ones fit, not {asked}")
             )
         return min(room, NEW_TOKENS_DEFAULT) if asked is None else asked
+
+
+def _beyond_context(text: str) -> Problem:
+    """With the code by which clients find out that a conversation must be shortened."""
+    return Problem(400, text, code="context_length_exceeded")
 
 
 def _teller(loop: asyncio.AbstractEventLoop, progress: asyncio.Queue[Progress]) -> Callable[[Progress], None]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from flashclient.batching.sampling import TOP_LOGPROBS_MAX, Sampling
-from flashclient.server.answer_formats import AnswerFormat
+from flashclient.server.answer_formats import AnswerFormat, RequestPart
 from flashclient.server.problems import Problem
 from flashclient.server.tools import with_parsed_arguments
 
@@ -29,11 +29,7 @@ TopK = Annotated[Annotated[int, Field(ge=0)] | None, BeforeValidator(lambda give
 Stop = Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=STOPS_MAX)]
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=False, allow_inf_nan=False)
-
-
-class StreamOptions(_Body):
+class StreamOptions(RequestPart):
     include_usage: bool = False
     include_obfuscation: bool = False
 
@@ -41,7 +37,7 @@ class StreamOptions(_Body):
 SAMPLING_FIELDS = tuple(field.name for field in fields(Sampling) if field.name != "top_logprobs")
 
 
-class SamplingBody(_Body):
+class SamplingBody(RequestPart):
     """What both endpoints take: how tokens are chosen. top_k, min_p and repetition_penalty are additions."""
 
     model: str
@@ -72,7 +68,7 @@ class SamplingBody(_Body):
     @model_validator(mode="before")
     @classmethod
     def _leave_out(cls, given: Any) -> Any:
-        """Null is as good as left out, for fields that are not known, too: some clients send all that they know.
+        """Null is kept for fields that are known: it is another thing than the default where a number is a limit.
 
         Raises:
             Problem: true or false stands where a number is wanted.
@@ -122,7 +118,7 @@ class CompletionBody(SamplingBody):
         return list(prompts)
 
 
-class ToolFunction(_Body):
+class ToolFunction(RequestPart):
     """`strict` changes nothing: arguments follow their schema where a call is required."""
 
     name: Annotated[str, Field(pattern="^[a-zA-Z0-9_.-]{1,64}$")]
@@ -131,26 +127,26 @@ class ToolFunction(_Body):
     strict: bool | None = None
 
 
-class Tool(_Body):
+class Tool(RequestPart):
     type: Literal["function"]
     function: ToolFunction
 
 
-class _Named(_Body):
+class _Named(RequestPart):
     name: str
 
 
-class NamedTool(_Body):
+class NamedTool(RequestPart):
     type: Literal["function"]
     function: _Named
 
 
-class _Allowed(_Body):
+class _Allowed(RequestPart):
     mode: Literal["auto", "required"]
     tools: Annotated[list[NamedTool], Field(min_length=1, max_length=TOOLS_MAX)]
 
 
-class AllowedTools(_Body):
+class AllowedTools(RequestPart):
     type: Literal["allowed_tools"]
     allowed_tools: _Allowed
 

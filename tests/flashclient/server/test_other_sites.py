@@ -21,6 +21,7 @@ class Sent:
         self.headers = headers
 
     async def stream(self) -> AsyncIterator[bytes]:
+        yield b"\xef\xbb\xbf"
         yield b"{}"
 
 
@@ -49,7 +50,15 @@ def test_keys_are_the_lines_of_a_file(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text(" sk-a b \r\n\n\tsk-c")
     assert read_keys(file) == ["sk-a b", "sk-c"]
-    for content, reason in ((b"", "has no key: write one a line"), (b" \n", "has no key"), (b"\xff", "it is not text")):
+    file.write_bytes(b"\xef\xbb\xbfsk-a\n # of Alice\n")
+    assert read_keys(file) == ["sk-a"]
+    for content, reason in (
+        (b"", "has no key: write one a line"),
+        (b" \n#", "has no key"),
+        (b"\xff", "it is not text"),
+        (b"sk-a\nschl\xc3\xbcssel", "line 2 of the file of API keys .*: use letters, digits and signs of ASCII"),
+        (b"sk\x00a", "line 1 of the file of API keys"),
+    ):
         file.write_bytes(content)
         with pytest.raises(OptionError, match=reason):
             read_keys(file)
@@ -63,5 +72,12 @@ def test_bodies_of_another_type_are_refused(kind: str) -> None:
     with pytest.raises(Problem, match="add -H 'Content-Type: application/json'") as refused:
         asyncio.run(Access().read_body(sent))
     assert refused.value.status == 415
-    sent = Sent(**{"content-type": "Application/JSON; charset=utf-8"})
+    sent = Sent(**{"content-type": "Application/JSON; charset=utf-8", "content-encoding": "Identity"})
     assert asyncio.run(Access().read_body(sent)) == b"{}"
+
+
+def test_packed_bodies_are_refused() -> None:
+    sent: Any = Sent(**{"content-type": "application/json", "content-encoding": "gzip"})
+    with pytest.raises(Problem, match="the body is packed with 'gzip': send it as it is") as refused:
+        asyncio.run(Access().read_body(sent))
+    assert refused.value.status == 415

@@ -484,7 +484,7 @@ def test_health_and_metrics(address: str) -> None:
         (["--allow-origin", "*"], 2, "pass --api-key-file, too"),
         (["--allow-origin", "localhost"], 2, "'localhost' is not a site such as http://localhost:3000"),
         (["--sequences", "17"], 2, "--sequences 17 is more than 16"),
-        (["--port", "1", "--host", "192.0.2.1", "--api-key-file", "KEYS"], 1, "cannot listen at 192.0.2.1:1"),
+        (["--host", "192.0.2.1", "--api-key-file", "KEYS", "--address", "unix:/no", NAME], 1, "listen at 192.0.2.1"),
     ],
 )
 def test_bad_flags(daemon: Daemon, tmp_path: Path, flags: list[str], status: int, message: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import signal
 import socket
 from collections.abc import AsyncIterator
 from typing import Any
@@ -24,28 +26,42 @@ ANSWER_S = 30.0
 REQUEST = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
 
 
+async def answered(sent: bytes) -> bytes:
+    """All that a server answers before it closes the connection."""
+    config = uvicorn.Config(PlainTextResponse("Hi"), timeout_keep_alive=3600)
+    config.load()
+    loop, state = asyncio.get_running_loop(), ServerState()
+    server = await loop.create_server(lambda: PatientProtocol(config, state, {}), "127.0.0.1", 0)
+    reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+    writer.write(sent)
+    try:
+        return await asyncio.wait_for(reader.read(), ANSWER_S)
+    finally:
+        writer.close()
+        server.close()
+
+
+NO_REQUESTS = (b"\x16\x03\x01\x02", b"GET /health\r\n\r\n", REQUEST.replace(b"Host: a", b"Host"))
+
+
+@pytest.mark.parametrize("sent", NO_REQUESTS)
+def test_what_is_no_request_is_told_in_the_shape_of_errors(sent: bytes) -> None:
+    head, _, body = asyncio.run(answered(sent)).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json")
+    assert json.loads(body)["error"]["message"].startswith("these bytes are no valid HTTP request")
+
+
 @pytest.mark.parametrize("sent", [b"", b"GET / HT", REQUEST])
 def test_a_silent_connection_is_closed(monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
     monkeypatch.setattr(connections, "REQUEST_S", SOON_S)
-    config = uvicorn.Config(PlainTextResponse("Hi"), timeout_keep_alive=3600)
-    config.load()
-
-    async def talk() -> bytes:
-        loop, state = asyncio.get_running_loop(), ServerState()
-        server = await loop.create_server(lambda: PatientProtocol(config, state, {}), "127.0.0.1", 0)
-        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
-        writer.write(sent)
-        try:
-            return await asyncio.wait_for(reader.read(), ANSWER_S)
-        finally:
-            writer.close()
-            server.close()
-
-    assert asyncio.run(talk()).endswith(b"Hi" if sent == REQUEST else b"")
+    assert asyncio.run(answered(sent)).endswith(b"Hi" if sent == REQUEST else b"")
 
 
-def test_answers_that_outlast_a_stop_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "STOPPING_S", SOON_S)
+@pytest.mark.parametrize(("stopping_s", "signals"), [(SOON_S, 1), (10 * ANSWER_S, 2)])
+def test_answers_that_outlast_a_stop_are_ended(
+    monkeypatch: pytest.MonkeyPatch, stopping_s: float, signals: int
+) -> None:
+    monkeypatch.setattr(connections, "STOPPING_S", stopping_s)
 
     async def talk() -> bytes:
         ended = asyncio.Event()
@@ -62,7 +78,8 @@ def test_answers_that_outlast_a_stop_are_ended(monkeypatch: pytest.MonkeyPatch) 
         reader, writer = await asyncio.open_connection(*listening.getsockname())
         writer.write(REQUEST)
         await asyncio.wait_for(reader.readuntil(b"begun"), ANSWER_S)
-        server.should_exit = True
+        for _ in range(signals):
+            server.handle_exit(signal.SIGINT, None)
         rest = await asyncio.wait_for(reader.read(), ANSWER_S)
         await running
         writer.close()

@@ -1,0 +1,102 @@
+"""Requests that clients send by mistake, or out of habit, to the real server: each is answered, or refused by name."""
+
+from __future__ import annotations
+
+import http.client
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from checkpoints import make_checkpoint
+from daemon import serving
+from openai_servers import server_of
+
+from weightd import cli
+
+TEMPLATE = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }};{% endfor %}a:"
+CHAT, BASE = "tiny-chat", "tiny-base"
+CONTEXT_TOKENS = 64
+ANSWER_S = 60.0
+HI = [{"role": "user", "content": "Hi"}]
+COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("clumsy")
+    for name, family in ((CHAT, "llama"), (BASE, "opt")):
+        checkpoint = make_checkpoint(family, folder / name, max_position_embeddings=CONTEXT_TOKENS)
+        if name == CHAT:
+            (checkpoint / "chat_template.jinja").write_text(TEMPLATE)
+        assert cli.main(["import", str(checkpoint), "--store", str(folder / "store")]) == 0
+    with serving(folder / "store", "--dram", "64MiB") as daemon, server_of(daemon, CHAT, BASE) as url:
+        yield url.removeprefix("http://").removesuffix("/v1")
+
+
+def asked(address: str, path: str, more: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    own = {"messages": HI} if path == CHATS else {"prompt": "Once"}
+    body = {"model": CHAT, "max_tokens": 2, "temperature": 0, **own, **more}
+    connection = http.client.HTTPConnection(address, timeout=ANSWER_S)
+    try:
+        connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read())
+    finally:
+        connection.close()
+
+
+LONG = "context_length_exceeded"
+
+
+@pytest.mark.parametrize(
+    ("path", "more", "param", "code", "message"),
+    [
+        (CHATS, {"model": BASE}, "model", None, "'tiny-base' has no chat template, as base models have none: send"),
+        (
+            CHATS,
+            {"messages": [{"role": "wizard", "content": "Hi"}]},
+            "messages",
+            None,
+            "has the role 'wizard': use one",
+        ),
+        (CHATS, {"messages": [{"role": "", "content": "Hi"}]}, "messages", None, "has the role ''"),
+        (CHATS, {"messages": [{"role": "user", "content": "Hi" * 99}]}, None, LONG, "context is 64 tokens"),
+        (CHATS, {"max_tokens": 64}, None, LONG, "new ones fit, not 64"),
+        (CHATS, {"logit_bias": {"-1": 5}}, "logit_bias", None, "logit_bias has token -1"),
+        (COMPLETIONS, {"prompt": [5] * 64}, None, LONG, "the prompt has 64: shorten the prompt"),
+        (COMPLETIONS, {"prompt": [10**30]}, "prompt", None, "the prompt has token 1000"),
+        (COMPLETIONS, {"prompt": ["a"] * 64, "n": 2}, "n", None, "64 sequences, not 128"),
+    ],
+)
+def test_refusals_say_where_the_fault_is(
+    address: str, path: str, more: dict[str, Any], param: str | None, code: str | None, message: str
+) -> None:
+    status, answer = asked(address, path, more)
+    error = answer["error"]
+    assert (status, error["param"], error["code"]) == (400, param, code)
+    assert message in error["message"]
+
+
+FUNCTION = {"name": "rain", "description": None, "parameters": None, "strict": None, "examples": None}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"response_format": {"type": "text", "json_schema": None}},
+        {"response_format": {"type": "json_object", "schema": None}},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": None, "schema": None, "x": None}}},
+        {"stream_options": {"include_usage": None, "other": None}},
+        {"tools": [{"type": "function", "function": FUNCTION, "cache_control": None}], "tool_choice": "none"},
+    ],
+)
+def test_nulls_are_as_good_as_left_out_at_every_depth(address: str, more: dict[str, Any]) -> None:
+    status, answer = asked(address, CHATS, more)
+    assert status == 200, answer
+
+
+def test_roles_of_the_interface_are_answered(address: str) -> None:
+    for role in ("system", "developer", "user", "assistant", "function"):
+        status, answer = asked(address, CHATS, {"messages": [{"role": role, "content": "Be", "name": "f"}, *HI]})
+        assert status == 200, answer
