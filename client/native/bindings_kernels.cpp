@@ -34,6 +34,7 @@ using namespace nb::literals;
 namespace {
 
 using flashclient::Activation;
+using flashclient::activation_of;
 using flashclient::aligned;
 using flashclient::AnyWeight;
 using flashclient::Array;
@@ -260,22 +261,6 @@ void encode_rows(const Array<const float, 2>& values, const Array<uint8_t, 2>& o
     for (size_t i = 0; i < values.shape(0); i++) {
         flashclient::encode_q8_0(values.data() + i * values.shape(1), values.shape(1), out.data() + i * row_bytes);
     }
-}
-
-// A message Activation of weightd.proto, whose fields are as there, or the name of a function.
-Activation activation_of(const nb::object& given) {
-    if (nb::isinstance<nb::str>(given)) return {flashclient::function_named(nb::cast<std::string>(given))};
-    Activation activation{flashclient::function_named(nb::cast<std::string>(given.attr("function")))};
-    const auto set = [&](const char* field, float& value) {
-        if (nb::cast<bool>(given.attr("HasField")(field))) value = nb::cast<float>(given.attr(field));
-    };
-    activation.parameter = nb::cast<float>(given.attr("parameter"));
-    activation.up_offset = nb::cast<float>(given.attr("up_offset"));
-    set("gate_factor", activation.gate_factor);
-    set("gate_max", activation.gate_max);
-    set("activation_max", activation.activation_max);
-    set("up_limit", activation.up_limit);
-    return activation;
 }
 
 void make_ffn(Ffn* self, Workers& workers, std::vector<Encoding> parts, size_t hidden_size,

@@ -4,12 +4,16 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/variant.h>
+#include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <variant>
+#include <vector>
 
 #include "array_arguments.h"
+#include "kernels/activation.h"
 #include "kernels/kernels.h"
 #include "kernels/linear.h"
 
@@ -88,6 +92,26 @@ inline MatrixBias bias_of(const std::optional<RowValues>& bias, size_t rows, Dty
     require(is_fp32 || is_of(bias->dtype(), dtype), "bias must be of the kernel's dtype or float32");
     require(aligned(*bias, "bias").shape(0) == rows, "bias must be [rows of the weight]");
     return {bias->data(), is_fp32};
+}
+
+// A message Activation of weightd.proto, whose fields are as there, or the name of a function.
+inline Activation activation_of(const nanobind::object& given) {
+    if (nanobind::isinstance<nanobind::str>(given)) return {function_named(nanobind::cast<std::string>(given))};
+    Activation activation{function_named(nanobind::cast<std::string>(given.attr("function")))};
+    const auto set = [&](const char* field, float& value) {
+        if (nanobind::cast<bool>(given.attr("HasField")(field))) value = nanobind::cast<float>(given.attr(field));
+    };
+    auto& parameters = activation.parameters;
+    parameters[0] = nanobind::cast<float>(given.attr("parameter"));
+    const auto further = nanobind::cast<std::vector<float>>(nanobind::list(given.attr("further")));
+    require(further.size() < parameters.size(), "an activation has at most four parameters");
+    std::copy(further.begin(), further.end(), parameters.begin() + 1);
+    activation.up_offset = nanobind::cast<float>(given.attr("up_offset"));
+    set("gate_factor", activation.gate_factor);
+    set("gate_max", activation.gate_max);
+    set("activation_max", activation.activation_max);
+    set("up_limit", activation.up_limit);
+    return activation;
 }
 
 }  // namespace flashclient

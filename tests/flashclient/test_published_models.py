@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import make_model
 from multimodal_checkpoints import make_whole
 from published_checkpoints import (
     BAMBOO,
@@ -25,6 +26,9 @@ from published_checkpoints import (
     turbosparse_mixtral_state,
     write_published,
 )
+from tiny_configs import DENSE
+from transformers import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from flashclient import FlashClient
 from weightd.errors import CheckpointError
@@ -32,6 +36,7 @@ from weightd.importing.convert import import_checkpoint
 from weightd.store.store import Store
 
 NEW_TOKENS = 12
+LEARNED = {"xielu": ("alpha_p", "alpha_n", "beta", "eps"), "prelu": ("weight",)}
 IDS = torch.tensor([[3, 4, 5, 6, 7, 8]])
 
 
@@ -82,6 +87,19 @@ def test_activation_that_is_named_at_the_import_counts(tmp_path: Path) -> None:
         record = import_checkpoint(folder, opened, activation="gated_relu")
     assert record.activation.function == "gated_relu"
     assert_same(store, "qwen2", reference_of(config, state, tmp_path / "reference", "gated_relu"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("kind", "function"), [("apertus", "xielu"), ("llama", "prelu")])
+def test_layers_with_learned_activations_compute_each_their_own(
+    kind: str, function: str, dtype: str, tmp_path: Path
+) -> None:
+    sizes: dict[str, Any] = DENSE | {"hidden_act": function}
+    make_model(CONFIG_MAPPING[kind](**sizes), dtype).save_pretrained(tmp_path / kind)
+    with Store.open(tmp_path / "store", create=True) as opened:
+        record = import_checkpoint(tmp_path / kind, opened, dtype="fp32")
+    assert list(record.activation.learned) == [f"act_fn.{name}" for name in LEARNED[function]]
+    assert_same(tmp_path / "store", kind, AutoModelForCausalLM.from_pretrained(tmp_path / kind, dtype=torch.float32))
 
 
 @pytest.mark.parametrize(

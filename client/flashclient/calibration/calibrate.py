@@ -37,7 +37,7 @@ from flashclient.calibration.publishing import publish
 from flashclient.calibration.result import CalibratedLayer, CalibrationResult, Publishable, write_files
 from flashclient.errors import CalibrationError, OptionError
 from flashclient.kernels.dtypes import DTYPES
-from flashclient.model.activations import has_exact_zeros
+from flashclient.model.activations import activation_of, has_exact_zeros
 from flashclient.model.loaded import LoadedModel
 from weightd_proto import weightd_pb2
 from weightd_proto.encodings import has_experts
@@ -58,7 +58,7 @@ def check_sparse(loaded: LoadedModel) -> None:
             f"model '{loaded.record.name}' cannot be calibrated: its router picks experts, so nothing is predicted"
         )
     check_by_neuron(loaded.record)
-    activation = loaded.record.activation
+    activation = activation_of(loaded.record, loaded.record.layers[0])
     if not has_exact_zeros(activation):
         raise CalibrationError(
             f"model '{loaded.record.name}' cannot be calibrated for mode 'predict': its activation, "

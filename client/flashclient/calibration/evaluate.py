@@ -243,8 +243,8 @@ def layer_rates(loaded: LoadedModel, predictors: list[Predictor], sequences: Ten
     with layer_walk(loaded, sequences[:1]) as walk:
         hidden = [walk.embed(ids) for ids in sequences[:, None]]
         for index, predictor in enumerate(predictors):
-            reference = reference_of(predictor, loaded.record, dtype)
-            counted = _Counted(walk.weights(index), reference, PairCounts())
+            weights = walk.weights(index)
+            counted = _Counted(weights, reference_of(predictor, weights.activation, dtype), PairCounts())
             hidden = [walk.step(index, one, counted) for one in hidden]
             rates.append(counted.counts.rates())
     return rates

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from flashclient._native import copy_bundles, decode_rows
 from flashclient.errors import CalibrationError
 from flashclient.kernels.dtypes import DTYPES
-from flashclient.model.activations import neurons_of
+from flashclient.model.activations import activation_of, neurons_of
 from flashclient.model.build import resident_tensors
 from flashclient.model.install import biases_of, streamed_ffns
 from flashclient.model.loaded import LoadedModel
@@ -133,7 +133,7 @@ class LayerWalk:
         biases = biases_of(record, described, self._tensors, lambda: self._loaded.placement(layer))
         output_bias = self._tensors[described.output_bias].float() if described.output_bias else None
         by_part = None if biases is None else torch.from_numpy(biases)
-        return LayerWeights(rows, down, by_part, output_bias, record.activation)
+        return LayerWeights(rows, down, by_part, output_bias, activation_of(record, described))
 
     def _forward(self, module: Any, ids: Tensor) -> Any:
         return module(input_ids=ids, use_cache=False)

@@ -143,10 +143,10 @@ class ReferenceGate:
 Reference = ReferencePredictor | ReferenceGate
 
 
-def reference_of(predictor: Predictor, model: weightd_pb2.Model, dtype: torch.dtype) -> Reference:
+def reference_of(predictor: Predictor, activation: weightd_pb2.Activation, dtype: torch.dtype) -> Reference:
     """The reference for the predictor's kernel."""
     if isinstance(predictor, GateRows):
-        return ReferenceGate(predictor, model.activation)
+        return ReferenceGate(predictor, activation)
     return ReferencePredictor(predictor, dtype)
 
 

@@ -32,6 +32,7 @@ from flashclient.kernels.resident_linear import use_fast_linears
 from flashclient.kernels.resident_norm import use_native_norms
 from flashclient.kernels.resident_router import use_native_routers
 from flashclient.model.absent_weights import AbsentWeight, guard
+from flashclient.model.activations import activation_of, settled
 from flashclient.model.experts_ffn import ExpertsFFN
 from flashclient.model.ffn import Clock, ExactFFN, ModelFFN, StreamedFFN
 from flashclient.model.install import Placement, install_ffns
@@ -131,6 +132,7 @@ def build_model(
     model.requires_grad_(False)
     model.train(False)  # dropout would change what the checks of installed FFNs see
     tensors = resident_tensors(record, source.resident)
+    record = settled(record, tensors)
     kernels = _kernels(record, workers)
     ffn, steps = _ffn_of(model, record, source, kernels, workers, window)
     install_ffns(model, record, placement, tensors, ffn)
@@ -188,15 +190,16 @@ def _config_of(model_class: type[PreTrainedModel], record: weightd_pb2.Model, fo
 
 
 def _kernels(record: weightd_pb2.Model, workers: Workers) -> list[Ffn]:
-    """By layer. Layers with the same encodings share one."""
+    """By layer. Layers with the same encodings and activation share one."""
     made: dict[tuple[bytes, ...], Ffn] = {}
     kernels, neurons = [], bundle_neurons(record.bundle)
     try:
         for layer in record.layers:
             parts = encodings_of(record.bundle, layer)
-            key = tuple(part.SerializeToString(deterministic=True) for part in parts)
+            activation = activation_of(record, layer)
+            key = tuple(part.SerializeToString(deterministic=True) for part in (*parts, activation))
             if key not in made:
-                made[key] = Ffn(workers, parts, record.bundle.hidden_size, record.activation, neurons=neurons)
+                made[key] = Ffn(workers, parts, record.bundle.hidden_size, activation, neurons=neurons)
             kernels.append(made[key])
         return kernels
     except ValueError as error:

@@ -30,6 +30,7 @@ from flashclient.model.absent_weights import (
     fix,
     make_absent,
 )
+from flashclient.model.activations import activation_of
 from flashclient.model.experts_ffn import ExpertsFFN
 from flashclient.model.ffn import Biases, LayerFFN, ModelFFN, StreamedFFN, streamed_ffn
 from flashclient.model.parts import (
@@ -63,6 +64,9 @@ def install_ffns(
         ModelError: the model has no such modules or parameters, or they have other shapes.
     """
     used: set[str] = set()
+    learned = {f"{layer.module}.{name}" for layer in record.layers for name in record.activation.learned}
+    # Before activations are tried.
+    model.load_state_dict({name: tensors[name] for name in learned}, strict=False, assign=True)
     for index, layer in enumerate(record.layers):
         installing = _Installing(model, record, layer)
         biases = biases_of(record, layer, tensors, lambda index=index: placement(index))  # type: ignore[misc]
@@ -212,7 +216,8 @@ class _Installing:
 
     def _parts_of_ffn(self) -> PartsOfFFN:
         gated = len(self._record.bundle.parts) == 3
-        return PartsOfFFN(self._layer.module, self._layer.neurons, self._record.activation, gated)
+        activation = activation_of(self._record, self._layer)
+        return PartsOfFFN(self._layer.module, self._layer.neurons, activation, gated)
 
     def _holders(self) -> list[tuple[str, list[str]]]:
         """The projections, below the module, and the parts that each holds."""

@@ -66,6 +66,13 @@ class _Cut(NamedTuple):
     step: Any
 
 
+class _Number(NamedTuple):
+    """A tensor of one element, which some functions take only as such."""
+
+    value: float
+    shape: tuple[int, ...]
+
+
 class _Done(NamedTuple):
     """What was done: the result of `function`, or the one of its results that `taken` says."""
 
@@ -187,7 +194,7 @@ class PendingProjection(Tensor):
         if isinstance(one, Tensor):
             if one.numel() != 1:
                 raise refused("what an FFN computes between its projections takes no other tensors", CHANGE)
-            return one.item()
+            return _Number(one.item(), tuple(one.shape))
         if isinstance(one, list | tuple):
             return tuple(self._argument(each) for each in one)
         return one
@@ -298,6 +305,8 @@ def _repeated(done: Any, products: dict[tuple[str, ...], Tensor]) -> Any:
         return products[done.parts].clone()  # some functions work in place
     if isinstance(done, _Cut):
         return slice(*done)
+    if isinstance(done, _Number):
+        return torch.full(done.shape, done.value, dtype=torch.float64, device="cpu")
     if isinstance(done, _Done):
         arguments = [_repeated(one, products) for one in done.arguments]
         made = done.function(*arguments, **{name: _repeated(one, products) for name, one in done.named})

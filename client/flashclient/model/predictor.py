@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from flashclient import _native
 from flashclient._native import Ffn, Workers
+from flashclient.model.activations import activation_of
 from flashclient.model.predictor_file import GateRows, Predictor, Signs, read_predictors
 from weightd_proto import weightd_pb2
 
@@ -28,7 +29,7 @@ class Predictors:
 
     def __init__(self, data: NDArray[np.uint8], model: weightd_pb2.Model, workers: Workers) -> None:
         found = read_predictors(data, model)
-        self.layers = [_kernel(predictor, model, workers) for predictor in found]
+        self.layers = [_kernel(*of, model, workers) for of in zip(found, model.layers, strict=True)]
         self._neurons = [layer.neurons for layer in model.layers]
 
     def predict(self, layer: int, x: NDArray[np.float32]) -> tuple[NDArray[np.uint32], NDArray[np.uint16]]:
@@ -48,11 +49,13 @@ class Predictors:
         return wanted
 
 
-def _kernel(predictor: Predictor, model: weightd_pb2.Model, workers: Workers) -> _native.Predictor:
+def _kernel(
+    predictor: Predictor, layer: weightd_pb2.Layer, model: weightd_pb2.Model, workers: Workers
+) -> _native.Predictor:
     if isinstance(predictor, Signs):
         return _native.SignPredictor(workers, predictor.signs, model.bundle.hidden_size, predictor.margin)
     if isinstance(predictor, GateRows):
         gate, scale, bias, threshold = predictor.gate, predictor.scale, predictor.bias, predictor.threshold
-        return _native.GatePredictor(workers, gate, scale, bias, threshold, model.activation)
+        return _native.GatePredictor(workers, gate, scale, bias, threshold, activation_of(model, layer))
     arrays = predictor.input, predictor.output, predictor.bias, predictor.scale
     return _native.LowRankPredictor(workers, model.compute_dtype, *arrays)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
+from activations import ACTIVATIONS
 from checkpoints import FAMILIES, make_config, make_model, make_tokenizer
 from cut_model import CutModel, FetchServer, cut
 from sparse_model import deciding_module, loss_of, make_sparse_model, write_text
@@ -32,7 +33,6 @@ from flashclient.errors import CalibrationError, OptionError, RefusedError
 from flashclient.kernels.dtypes import DTYPES
 from flashclient.model.activations import FUNCTIONS, has_exact_zeros
 from flashclient.model.predictor_file import LowRank, read_predictors
-from weightd_proto.weightd_pb2 import Activation
 
 CHARACTERS = 6000
 OPTIONS = CalibrationOptions(ranks=(4, 16))
@@ -197,7 +197,7 @@ def test_an_activation_without_zeros_is_refused_at_once(activation: str, tmp_pat
 
 
 def test_which_activations_have_exact_zeros() -> None:
-    zeros = {name for name in FUNCTIONS if has_exact_zeros(Activation(function=name, parameter=0.5))}
+    zeros = {name for name in FUNCTIONS if has_exact_zeros(ACTIVATIONS[name])}
     assert zeros == {"relu", "relu_squared", "fatrelu", "gated_relu"}
 
 

@@ -61,14 +61,19 @@ HONOURED: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"hidden_act": "relu2"}),
     ("llama", {"hidden_act": "relu6"}),
     ("llama", {"hidden_act": "quick_gelu"}),
+    *(("llama", {"hidden_act": name}) for name in ("gelu_10", "hardswish", "laplace", "leaky_relu", "linear", "mish")),
+    *(("llama", {"hidden_act": name}) for name in ("sigmoid", "sqrtsoftplus", "tanh")),
     ("llama", {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 4.0}}),
     ("llama", {"rope_parameters": ROPE}),
     ("llama", {"rope_parameters": ROPE | {"rope_type": "dynamic"}}),
     ("llama", {"an_unknown_key": 3, "pretraining_tp": 2}),
     ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0, "layer_types": None}),
     ("gemma3", {"hidden_activation": "gelu_new", "hidden_act": "relu"}),
+    ("gemma3", {"hidden_activation": "mish"}),
     ("gemma3", {"final_logit_softcapping": 3.0}),
     ("gemma3", {"query_pre_attn_scalar": 7}),
+    ("opt", {"activation_function": "gelu_10"}),
+    ("opt", {"activation_function": "hardswish"}),
     ("opt", {"do_layer_norm_before": False}),
     ("opt", {"layerdrop": 0.5, "dropout": 0.5}),
 ]
@@ -123,8 +128,9 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"tie_word_embeddings": 1}, "'tie_word_embeddings' expected bool, got int"),
     *(
         ("llama", {"hidden_act": name}, "config.json: |no FFN of LlamaForCausalLM")
-        for name in ("mish", "gelu_10", "laplace", "?", None, 3)
+        for name in ("?", None, 3)
     ),
+    ("llama", {"hidden_act": "prelu"}, r"lacks the tensor model\.layers\.0\.mlp\.act_fn\.weight"),
     ("llama", {"rms_norm_eps": "1e-6"}, "config.json: "),
     ("llama", {"rms_norm_eps": None}, "config.json: "),
     ("llama", {"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "config.json: "),
@@ -147,8 +153,6 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"compression_config": {"format": "x"}}, r"is quantised \(compression_config = "),
     ("qwen2", {"layer_types": ["spiral_attention"]}, "config.json: "),
     ("qwen2", {"layer_types": ["full_attention"] * 3}, "config.json: "),
-    ("gemma3", {"hidden_activation": "mish"}, "config.json: |no FFN of Gemma3ForCausalLM"),
-    ("opt", {"activation_function": "gelu_10"}, "config.json: |no FFN of OPTForCausalLM"),
     ("opt", {"max_position_embeddings": 100}, r"has shape \[258, 32\]"),
     ("opt", {"word_embed_proj_dim": 16}, r"has shape .* says \[320, 16\]|lacks the tensor"),
     ("opt", {"_remove_final_layer_norm": True}, r"no place for, first model\.decoder\.final_layer_norm"),

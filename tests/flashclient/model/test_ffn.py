@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from activations import ACTIVATIONS, XIELU
 from checkpoints import make_config, make_model
 from cut_model import ArraySource, CutModel, cut
 from hypothesis import given, settings
@@ -25,7 +26,6 @@ from weightd_proto.weightd_pb2 import Activation
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # Every function with a gate; gated_relu has none without.
-ACTIVATIONS = {name: Activation(function=name, parameter=0.4) for name in FUNCTIONS}
 UNGATED = sorted(set(FUNCTIONS) - {"gated_relu"})
 
 
@@ -133,6 +133,7 @@ def limits() -> st.SearchStrategy[float | None]:
         activation_max=limits(),
         up_limit=limits(),
         up_offset=st.sampled_from([0.0, 1.0, -0.5]),
+        further=st.just(XIELU),
     ),
     st.integers(1, 20),
     st.integers(0, 1000),
@@ -289,7 +290,7 @@ def test_iterator_is_closed_when_a_chunk_fails() -> None:
     ("change", "message"),
     [
         ({"parts": [plain("F32"), plain("I8")]}, "no kernel for weights of encoding 'I8'"),
-        ({"activation": "tanh"}, "no kernel for activation 'tanh'"),
+        ({"activation": "sine"}, "no kernel for activation 'sine'"),
         ({"hidden_size": 0}, "hidden_size must be positive"),
         ({"activation": "gated_relu", "parts": [plain("F32")] * 2}, "needs bundles with a gate row"),
         ({"instruction_set": "mmx"}, "instruction set 'mmx' is unknown"),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from activations import ACTIVATIONS
 from blocks import as_multiplied, decoded, random_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,12 +20,11 @@ from flashclient._native import Ffn, LentMemory, Workers
 from flashclient.kernels.arrays import array_of
 from flashclient.model.activations import FUNCTIONS, neurons_of
 from weightd_proto.encodings import BLOCK_FORMATS, SLAB_NEURONS_MIN, in_blocks, plain
-from weightd_proto.weightd_pb2 import Activation, Encoding
+from weightd_proto.weightd_pb2 import Encoding
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 STORED = (*DTYPES, *BLOCK_FORMATS)
 WORKERS = Workers(2)
-ACTIVATIONS = {name: Activation(function=name, parameter=0.4) for name in FUNCTIONS}
 
 
 def numbers(format: str, rows: int, values: int, seed: int) -> tuple[NDArray[np.uint8], Tensor]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from activations import ACTIVATIONS, PARAMETER
 from blocks import as_multiplied, decoded, random_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,15 +17,12 @@ from torch import Tensor
 
 from flashclient._native import Ffn, LentMemory, Workers
 from flashclient.kernels.arrays import array_of
-from flashclient.model.activations import FUNCTIONS, neurons_of
+from flashclient.model.activations import neurons_of
 from weightd_proto.encodings import BLOCK_FORMATS, in_blocks, plain
-from weightd_proto.weightd_pb2 import Activation
 
 WORKERS = Workers(2)
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 STORED = (*DTYPES, *BLOCK_FORMATS)
-THRESHOLD = 0.4
-ACTIVATIONS = {name: Activation(function=name, parameter=THRESHOLD) for name in FUNCTIONS}
 
 
 @dataclass
@@ -133,7 +131,7 @@ def test_masked_sum_is_the_formula(case: Case) -> None:
     expected_h, expected_y = case.reference()
     # Close to a threshold rounding decides whether a neuron fires. Only there h may differ.
     argument = case.weights[:, 0].double() @ case.multiplied().T + case.biases[0].double()[:, None]
-    beside = (argument - THRESHOLD).abs() < 1e-5 if case.activation == "fatrelu" else torch.zeros_like(argument) > 0
+    beside = (argument - PARAMETER).abs() < 1e-5 if case.activation == "fatrelu" else torch.zeros_like(argument) > 0
     assert near(h[~beside], expected_h[~beside])
     assert not h[~case.wanted()].any(), "a neuron counts for a row that did not want it"
     if not beside.any():

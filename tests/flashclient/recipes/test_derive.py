@@ -8,7 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from torch import Tensor, nn
 from transformers import AutoConfig, BartConfig, LlamaConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
 from transformers.core_model_loading import revert_weight_conversion
 
 from flashclient.errors import ModelError
@@ -27,6 +29,14 @@ from weightd_proto.weightd_pb2 import (
     MatrixSource,
     Recipe,
 )
+
+
+class Sine(nn.Module):
+    """An activation that no kernel has."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sin()
+
 
 FEW_LAYERS = {"num_hidden_layers": 6}
 DEEPSEEK = {"num_experts_per_tok": 6}
@@ -170,12 +180,15 @@ def test_a_model_of_which_nothing_can_be_streamed_is_refused(kind: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"hidden_act": "mish"}, "its hidden_act is 'mish', and kernels compute relu, "),
+        ({"hidden_act": "sine"}, "its hidden_act is 'sine', and kernels compute relu, "),
         ({"rms_norm_eps": float("nan")}, "a tiny instance of it computes numbers that are not finite: correct"),
     ],
 )
 @one_thread()
-def test_the_reason_why_nothing_is_recognised_is_given(changes: dict[str, Any], reason: str) -> None:
+def test_the_reason_why_nothing_is_recognised_is_given(
+    changes: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ACT2FN, "sine", Sine)
     with pytest.raises(ModelError, match=rf"^no FFN of LlamaForCausalLM could be .* streamed; {reason}"):
         recipe_of("llama", num_hidden_layers=2, **changes)
 

@@ -12,7 +12,7 @@ from weightd_proto.tables import with_tables
 from weightd_proto.weightd_pb2 import Activation, Layer, LeftOut, Model
 
 LISTED_MAX = 6
-_NOT_LISTED = ("function", "parameter", "instead")  # of an activation: they stand elsewhere
+_NOT_LISTED = ("function", "parameter", "instead", "further", "learned")  # of an activation: they stand elsewhere
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
 

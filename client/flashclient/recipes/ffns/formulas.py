@@ -12,10 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flashclient.model.activations import FUNCTIONS, neurons_of
+from flashclient.model.activations import FUNCTIONS, HELD, neurons_of
 from weightd_proto import weightd_pb2
 
 FACTOR_MIN = 0.05
+TRIED = [
+    name for name in FUNCTIONS if name not in {held.function for held in HELD.values()}
+]  # wherever there is an FFN
 QUICK_GELU = 1.702  # transformers' QuickGELUActivation has it in its code
 
 SMALL = 1.5  # below every limit: products this small show the function alone
@@ -69,13 +72,24 @@ def made_by(activation: weightd_pb2.Activation, gate: Tensor | None, up: Tensor)
     return neurons_of(activation, up) if gate is None else neurons_of(activation, gate, up)
 
 
-def recognised(samples: Samples, scalars_of: Callable[[], Iterable[float]]) -> weightd_pb2.Activation | None:
+def recognised(
+    samples: Samples,
+    scalars_of: Callable[[], Iterable[float]],
+    held: Iterable[weightd_pb2.Activation] = (),
+) -> weightd_pb2.Activation | None:
     """The formula that gives what was made of the products, or None. Of several that do, the closest.
 
     Args:
         scalars_of: gives numbers that the module or its config holds: parameters and limits are looked for among them.
+        held: further formulas to try: held_by() of the module.
     """
-    if not samples.vary() or not any(samples.near().keep_signs(offset) for offset in samples.offsets()):
+    if not samples.vary():
+        return None
+    for activation, offset in itertools.product(held, samples.offsets()):
+        activation.up_offset = offset
+        if _error(activation, samples) <= 1:
+            return activation
+    if not any(samples.near().keep_signs(offset) for offset in samples.offsets()):
         return None
     scalars = sorted(set(scalars_of()))
     plain = _closest(samples, scalars)
@@ -108,7 +122,7 @@ def _closest(samples: Samples, scalars: list[float]) -> weightd_pb2.Activation |
 
 def _functions(scalars: list[float], gated: bool, offsets: list[float]) -> Iterable[weightd_pb2.Activation]:
     """The formulas without limits."""
-    for name in FUNCTIONS:
+    for name in TRIED:
         if name == "gated_relu" and not gated:
             continue
         parameters = [0.0]

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flashclient.model.activations import held_by, without_learned
 from flashclient.recipes.ffns.formulas import PRODUCTS_MIN, Samples, limits_among, made_by, recognised
 from flashclient.recipes.ffns.site import Layer, Part, Rows, Site, scalars_of
 from weightd_proto import weightd_pb2
@@ -47,7 +48,8 @@ def experts_site(path: str, module: nn.Module, hidden_size: int) -> Site | None:
         activation = _activation(module, parts)
         if activation is not None and _is_proven(module, parts, activation):
             neurons = _rows(module, parts[-1].rows).shape[1]
-            return Site(path, Layer.EXPERTS, activation, parts, neurons, hidden_size, parts[-1].rows.experts)
+            common = without_learned(activation)
+            return Site(path, Layer.EXPERTS, common, parts, neurons, hidden_size, parts[-1].rows.experts)
     return None
 
 
@@ -120,7 +122,7 @@ def _activation(module: nn.Module, parts: tuple[Part, ...]) -> weightd_pb2.Activ
         with _showing(module, down, begin):
             made.append(_call(module, x, expert[:, None], torch.ones(len(x), 1))[:, : neurons - begin])
     gate, up = _gate_and_up(module, first, x, expert)
-    return recognised(Samples(gate, up, torch.cat(made, dim=1)), lambda: scalars)
+    return recognised(Samples(gate, up, torch.cat(made, dim=1)), lambda: scalars, held_by(module))
 
 
 def _gate_and_up(module: nn.Module, first: list[Part], x: Tensor, expert: Tensor) -> tuple[Tensor | None, Tensor]:

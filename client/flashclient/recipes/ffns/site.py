@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from weightd_proto import weightd_pb2
 
 Layer = weightd_pb2.Layer
-NO_SIZE = re.compile("limit|alpha|clamp")  # of numbers that are no sizes, though they may be integers
+NO_SIZE = re.compile("limit|alpha|clamp|^max$")  # of numbers that are no sizes, though they may be integers
 
 
 @dataclass(frozen=True)

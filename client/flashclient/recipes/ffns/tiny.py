@@ -20,6 +20,7 @@ from transformers.models.auto.auto_factory import _get_model_class
 from transformers.pytorch_utils import Conv1D
 
 from flashclient.errors import ModelError
+from flashclient.model.activations import HELD
 
 HIDDEN = 64
 HEADS = 4
@@ -301,8 +302,11 @@ def _fill(module: nn.Module) -> None:
         if module.bias is not None:
             module.bias.normal_(0, 0.5)
         return
+    held = HELD.get(type(module).__name__)
     for name, parameter in module.named_parameters(recurse=False):
-        if parameter.dim() == 3 and min(parameter.shape[1:]) > 4:
+        if held is not None and name in held.learned:
+            parameter.add_(torch.rand_like(parameter))  # so that layers differ
+        elif parameter.dim() == 3 and min(parameter.shape[1:]) > 4:
             parameter.normal_(0, GAIN / min(parameter.shape[1:]) ** 0.5)
         elif parameter.dim() == 2 and isinstance(module, nn.Embedding):
             parameter.normal_(0, 1)

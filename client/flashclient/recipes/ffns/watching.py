@@ -21,14 +21,13 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
-from flashclient.model.activations import FUNCTIONS
+from flashclient.model.activations import FUNCTIONS, held_by, without_learned
 from flashclient.recipes.ffns.formulas import PRODUCTS_MIN, Samples, limits_among, recognised
 from flashclient.recipes.ffns.mixtures import experts_site, is_experts_call
 from flashclient.recipes.ffns.site import Layer, Part, Rows, Site, scalars_of
 from weightd_proto import weightd_pb2
 
 ACTIVATION_NAMES = ("hidden_act", "hidden_activation", "activation_function", "ffn_act")  # fields of configs
-RELU6_MAX = 6.0
 BATCH = 2
 TOKENS = 24
 IDS = range(3, 200)  # of the tiny vocabulary, without its special tokens
@@ -113,9 +112,10 @@ def unrecognised_because(model: PreTrainedModel) -> str:
     if not function:
         return ""
     x = torch.linspace(-8, 8, 128, dtype=torch.float32)
+    module = ACT2FN[function].float()
     with torch.no_grad():
-        made = ACT2FN[function].float()(x)
-    if recognised(Samples(None, x, made), lambda: (RELU6_MAX,)) is not None:
+        made = module(x)
+    if recognised(Samples(None, x, made), lambda: scalars_of(module), held_by(module)) is not None:
         return ""
     return f"; its {field} is {function!r}, and kernels compute {', '.join(FUNCTIONS)}"
 
@@ -198,7 +198,7 @@ def _activation(
         return None
     products = (None if gate is None else gate.y, up.y) if of.layout is None else of.layout.split(up.y)
     host = model.get_submodule(_common(_names(of)))
-    return recognised(Samples(*products, down.x), lambda: scalars_of(host))
+    return recognised(Samples(*products, down.x), lambda: scalars_of(host), held_by(host))
 
 
 def _common(names: tuple[str, ...]) -> str:
@@ -288,7 +288,7 @@ def _site(model: PreTrainedModel, of: _Found, seen: dict[str, _Seen]) -> Site:
     return Site(
         module=host,
         place=Layer.MODULE if is_alone else Layer.PARTS,
-        activation=of.activation or weightd_pb2.Activation(),
+        activation=without_learned(of.activation or weightd_pb2.Activation()),
         parts=(*_first_parts(model, of, host), _part(model, host, "down", of.down)),
         neurons=down.weight.numel() // hidden_size,
         hidden_size=hidden_size,
