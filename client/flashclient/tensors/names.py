@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
@@ -32,8 +33,12 @@ from flashclient.tensors.places import Piece, Place, Shape, gather, matrix, tens
 from flashclient.tensors.tracing import TracedTensor
 from weightd_proto.weightd_pb2 import LeftOut, MatrixSource, TensorSource
 
-# Tensors that follow from the configuration: rotary frequencies, a version.
-IMPLIED = re.compile(r"(\.|^)(rotary_emb\.inv_freq|decoder\.version|rope_freqs\.weight)$")
+# Tensors that follow from the configuration: rotary frequencies, sinusoidal positions, a version.
+IMPLIED = re.compile(
+    r"(\.|^)(rotary_emb\.(inv_freq|(cos|sin)_cached)|embed_positions\.weights|decoder\.version|rope_freqs\.weight)$"
+)
+# Causal masks, and the number that stood for no attention: checkpoints of GPT-2's time hold them.
+MASK = re.compile(r"(\.|^)(attn|(self_)?attention)\.(bias|masked_bias|causal_mask)$")
 FURTHER_TOKENS = re.compile(r"(\.|^)(mtp|nextn|eagle|medusa)\w*\.")
 # The loader of older versions needs to be told that no tensor is distributed.
 _PARAMETERS = inspect.signature(convert_and_load_state_dict_in_model).parameters
@@ -93,7 +98,7 @@ def find_tensors(model: PreTrainedModel, tensors: Mapping[str, Place]) -> Found:
         raise ModelError(f"the checkpoint lacks the tensor {missing[0]}")
     used = {name for place in places.values() for name in tensors_of(place)}
     unused = [name for name, place in tensors.items() if used.isdisjoint(tensors_of(place))]
-    return Found(places, tied, _left_out(model, load, unused))
+    return Found(places, tied, _left_out(model, load, {name: tensors[name].shape for name in unused}))
 
 
 def own_tensors(model: PreTrainedModel) -> Found:
@@ -223,11 +228,11 @@ def _tie(model: PreTrainedModel, found: Mapping[str, Place]) -> tuple[dict[str, 
 # Tensors that nothing uses
 
 
-def _left_out(model: PreTrainedModel, load: _Load, unused: Sequence[str]) -> dict[str, list[str]]:
+def _left_out(model: PreTrainedModel, load: _Load, unused: Mapping[str, Shape]) -> dict[str, list[str]]:
     reasons: dict[str, list[str]] = {}
     lost = []
     for name in sorted(unused):
-        reason = _reason_to_leave_out(model, load, name)
+        reason = _reason_to_leave_out(model, load, name, unused[name])
         if reason is None:
             lost.append(name)
         else:
@@ -240,14 +245,18 @@ def _left_out(model: PreTrainedModel, load: _Load, unused: Sequence[str]) -> dic
     return reasons
 
 
-def _reason_to_leave_out(model: PreTrainedModel, load: _Load, name: str) -> str | None:
-    if IMPLIED.search(name):
+def _reason_to_leave_out(model: PreTrainedModel, load: _Load, name: str, shape: Shape) -> str | None:
+    if IMPLIED.search(name) or (MASK.search(name) and _is_mask(shape)):
         return "they follow from the configuration"
     if FURTHER_TOKENS.search(name) or _is_further_layer(model.config, name):
         return "they predict further tokens, which transformers does not"
     if load.ignores(model, name):
         return f"transformers' {type(model).__name__} does not use them"
     return None
+
+
+def _is_mask(shape: Shape) -> bool:
+    return prod(shape) == 1 or (len(shape) == 4 and shape == (1, 1, shape[-1], shape[-1]))
 
 
 def _is_further_layer(config: Any, name: str) -> bool:

@@ -51,7 +51,18 @@ KINDS: dict[str, dict[str, Any]] = {
     "gemma2": DENSE,
     "glm4": DENSE,
     "gpt2": GPT,
+    "gpt_bigcode": GPT,
+    "gpt_neo": {
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_heads": 4,
+        "max_position_embeddings": 64,
+        "attention_types": [[["global", "local"], 1]],
+    },
+    "gpt_neox": SIZES | {"intermediate_size": 48},
     "gpt_oss": MIXTURE,
+    "gptj": GPT | {"rotary_dim": 4},
     "granitemoe": MIXTURE,
     "jamba": MIXTURE | {"mamba_d_state": 4, "mamba_dt_rank": 4},
     "llama": DENSE,
@@ -62,6 +73,14 @@ KINDS: dict[str, dict[str, Any]] = {
     "phi3": DENSE,
     "qwen2_moe": MIXTURE,
     "qwen3_moe": MIXTURE,
+    "xglm": {
+        "vocab_size": 96,
+        "d_model": 32,
+        "ffn_dim": 48,
+        "num_layers": 2,
+        "attention_heads": 4,
+        "max_position_embeddings": 64,
+    },
 }
 
 
@@ -163,6 +182,44 @@ def test_what_transformers_leaves_out_is_named_with_the_reason(tmp_path: Path) -
     found = find_tensors(on_meta(model), whole(saved(model, tmp_path) | more))
     assert {name for names in found.left_out.values() for name in names} == set(more)
     assert len(found.left_out) == 3
+
+
+MASK = (1, 1, 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("kind", "buffers"),
+    [
+        ("gpt2", {"transformer.h.0.attn.bias": MASK, "transformer.h.0.attn.masked_bias": ()}),
+        ("gptj", {"transformer.h.1.attn.bias": MASK, "transformer.h.1.attn.masked_bias": ()}),
+        (
+            "gpt_neo",
+            {
+                "transformer.h.0.attn.attention.bias": MASK,
+                "transformer.h.0.attn.attention.masked_bias": (1,),
+            },
+        ),
+        (
+            "gpt_neox",
+            {"gpt_neox.layers.0.attention.bias": MASK, "gpt_neox.layers.0.attention.masked_bias": ()},
+        ),
+        ("gpt_bigcode", {"transformer.h.0.attn.bias": MASK}),
+        ("codegen", {"transformer.h.0.attn.causal_mask": MASK}),
+        ("xglm", {"model.embed_positions.weights": (66, 32)}),
+        ("llama", {"model.layers.0.self_attn.rotary_emb.cos_cached": (64, 8)}),
+    ],
+)
+def test_buffers_of_older_versions_are_left_out(kind: str, buffers: dict[str, tuple[int, ...]], tmp_path: Path) -> None:
+    model = make(kind)
+    tensors = saved(model, tmp_path) | {name: torch.ones(shape) for name, shape in buffers.items()}
+    found = find_tensors(on_meta(model), whole(tensors))
+    assert {name for names in found.left_out.values() for name in names} == set(buffers)
+
+
+def test_a_bias_that_is_no_mask_is_not_left_out(tmp_path: Path) -> None:
+    model = make("gptj")
+    with pytest.raises(ModelError, match=r"no place for, first transformer\.h\.0\.attn\.bias: correct"):
+        find_tensors(on_meta(model), whole(saved(model, tmp_path) | {"transformer.h.0.attn.bias": torch.ones(64)}))
 
 
 def test_what_transformers_keeps_in_f32() -> None:
