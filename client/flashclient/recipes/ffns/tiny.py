@@ -123,6 +123,7 @@ _MAMBA_HEADS = [
     ("mamba_n_heads", "mamba_d_head", "mamba_expand"),
     ("n_mamba_heads", "mamba_headdim", "mamba_expand"),
 ]
+_BY_FREQUENCY = {"short_factor", "long_factor"}  # with a number for each rotary frequency
 _TOKEN = re.compile(r"\w*(token_id|token_index|_index|token_ids)|(unk|mask|pad|bos|eos)_index")
 _LAYER_NUMBERS = re.compile(r"\w*(layers|layer_ids|idxs|indices|indexes)")
 # Tables that are neither sizes nor configs of a part of the model.
@@ -165,6 +166,9 @@ def _shrunk(values: dict[str, Any], outer: _Scale) -> dict[str, Any]:
     scale = _scale(values, outer)
     ids = _Tokens()
     tiny = {name: _tiny(name, value, scale, ids) for name, value in values.items()}
+    for name in _BY_FREQUENCY & values.keys():
+        rotated = int(HEAD_DIM * (values.get("partial_rotary_factor") or 1))  # of Phi-4-mini three quarters
+        tiny[name] = values[name] and values[name][: rotated // 2]
     by_layer = values.get("per_layer_config") or {}
     for layer in (None, *by_layer):
         of, made = (values, tiny) if layer is None else (values | by_layer[layer], tiny)
@@ -237,8 +241,6 @@ def _tiny_list(name: str, values: list[Any], scale: _Scale, ids: _Tokens) -> lis
         return [value for value in values if value < scale.layers]
     if len(values) == scale.layers_real:
         values = values[: scale.layers]
-    if name in ("short_factor", "long_factor"):
-        return values[: HEAD_DIM // 2]
     if numbers and name == "mrope_section":
         return _sections(values, HEAD_DIM // 2)
     return [_tiny(name, value, scale, ids) for value in values] if numbers else copy.deepcopy(values)
