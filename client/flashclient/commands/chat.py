@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,6 +23,7 @@ from flashclient.standard_streams import complain, say
 
 PROMPT, PROMPT_MORE = "> ", "… "
 CONTINUES = "\\"  # at the end of a line: the message goes on
+COMMAND = re.compile(r"/([A-Za-z]*)(?:\s+(.*))?", re.DOTALL)  # a path and a comment of C are messages
 HELP = """\
 /help           this list
 /system TEXT    begin anew with this system prompt; without TEXT, with none
@@ -29,7 +32,8 @@ HELP = """\
 /again          another answer to the last message
 /stats          speed, bytes read and hit rate of the last answer
 /exit           end; so does Ctrl-D
-A line that ends with \\ goes on in the next one. Ctrl-C stops an answer, once its first word is there."""
+A line that ends with \\ goes on in the next one; what is pasted is one message. Ctrl-C stops an answer, once its first
+word is there, and drops a line."""
 
 
 def add(commands: Any) -> None:
@@ -67,6 +71,7 @@ class _Chat:
         self._client = client
         self._options = options
         self._terminal = sys.stdin.isatty()
+        self._typed: Callable[[], str] = lambda: ""  # the line under way
         self._conversation = Conversation(
             lambda messages: until_stop(client.chat(messages, stream=True, **arguments), options.stop), options.system
         )
@@ -83,20 +88,24 @@ class _Chat:
         """Until the end of the input, /exit, or Ctrl-C at an empty line."""
         if self._terminal:
             with suppress(ImportError):
-                import readline  # noqa: F401 - gives input() its line editing and history
+                import readline  # gives input() its line editing and history
+
+                self._typed = readline.get_line_buffer
+                if os.environ.get("TERM", "dumb") != "dumb":  # others say where a pasted text ends
+                    readline.parse_and_bind("set enable-bracketed-paste on")
             say(_banner(self._client))
         status = 0
         while (text := self._read()) is not None:
-            command, _, rest = text.removeprefix("/").partition(" ")
+            asked = COMMAND.fullmatch(text)
             if text.strip() in ("/exit", "/quit"):
                 break
             try:
-                if not text.startswith("/"):
+                if asked is None:
                     self._say(text)
-                elif command in self._commands:
-                    self._commands[command](rest.strip())
+                elif asked[1] in self._commands:
+                    self._commands[asked[1]]((asked[2] or "").strip())
                 else:
-                    say(f"there is no command /{command}: /help shows the commands")
+                    say(f"there is no command /{asked[1]}: /help shows the commands")
             except FlashClientError as error:
                 complain("flashclient", in_flags(str(error)))
                 if not self._terminal:
@@ -113,13 +122,14 @@ class _Chat:
             try:
                 with decoding("standard input"):
                     line = input((PROMPT_MORE if lines else PROMPT) if self._terminal else "")
+                    line = line.encode(errors="surrogateescape").decode()  # some locales read any bytes
             except EOFError:
                 if self._terminal:
                     say("")
                 return "\n".join(lines) if lines else None
             except KeyboardInterrupt:
                 say("")
-                if not lines:
+                if not lines and not self._typed():
                     return None
                 lines = []
                 continue

@@ -96,9 +96,9 @@ def test_a_model_without_a_chat_template(daemon: Daemon) -> None:
 class Terminal:
     """A command in a terminal of its own."""
 
-    def __init__(self, *command: str) -> None:
+    def __init__(self, *command: str, kind: str = "dumb") -> None:
         self._own, theirs = pty.openpty()
-        environment = os.environ | {"TERM": "dumb"}
+        environment = os.environ | {"TERM": kind}
         self.process = subprocess.Popen(
             command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, start_new_session=True
         )
@@ -144,6 +144,39 @@ def test_at_a_terminal_an_interrupt_stops_the_answer_only(daemon: Daemon) -> Non
     terminal.await_text("> ", 3)
     terminal.type("/exit\n")
     assert terminal.end() == 0
+
+
+def test_at_a_terminal_a_paste_is_one_message_and_an_interrupt_drops_the_line(daemon: Daemon) -> None:
+    command = [*COMMAND, "chat", "tiny-chat", "--address", daemon.address, "--max-new-tokens", "4"]
+    terminal = Terminal(*command, kind="xterm")
+    terminal.await_text("Ctrl-D ends.")
+    terminal.await_text("> ")
+    terminal.type("\x1b[200~first\n/second\n\nlast\x1b[201~")
+    terminal.await_text("last")
+    terminal.type("\n")
+    terminal.await_text("> ", 2)
+    terminal.type("half a li")
+    terminal.await_text("half a li")
+    terminal.interrupt()
+    terminal.await_text("> ", 3)
+    terminal.type("/undo\n")
+    terminal.await_text("removed: first\r\n/second\r\n\r\nlast")
+    terminal.await_text("> ", 4)
+    terminal.interrupt()
+    assert terminal.end() == 0
+
+
+def test_only_a_word_behind_a_slash_is_a_command(daemon: Daemon) -> None:
+    done = chat(daemon, "/etc/hosts\n/* Hi */\n//\n/undo\n/foo bar\n", "--max-new-tokens", "2")
+    assert done.returncode == 0, done.stderr
+    assert "removed: //" in done.stdout
+    assert done.stdout.count("there is no command") == done.stdout.count("there is no command /foo: ") == 1
+
+
+def test_bytes_that_are_no_text_are_refused_in_any_locale(daemon: Daemon) -> None:
+    done = chat(daemon, "Hi\udcff\n")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "flashclient: standard input is not UTF-8 (invalid start byte at byte 2)\n"
 
 
 def test_run_imports_starts_a_weightd_and_chats(
