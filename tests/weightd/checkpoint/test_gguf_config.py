@@ -197,6 +197,12 @@ REFUSED: list[tuple[str, str, Any, str]] = [
     ("llama", "tokenizer.ggml.eot_token_id.", 999, "eot_token_id = 999, but 320 tokens"),
     ("llama", "tokenizer.ggml.add_sep_token.", True, "tokenizer.ggml.add_sep_token, which weightd does not know"),
     ("llama", "tokenizer.new.", 1, r"tokenizer\.new, which weightd does not know"),
+    ("llama", "tokenizer.ggml.eos_token_id.", [2, 3], "eos_token_id = array.*, but 320 tokens"),
+    ("llama", "tokenizer.ggml.merges.", ["x"], "cannot convert the tokenizer of .*m.gguf: failed to extract"),
+    ("llama", "general.sampling.temp.", "hot", r"general\.sampling\.temp = 'hot', which is not a number"),
+    ("llama", "general.sampling.top_k.", [1, 2], r"general\.sampling\.top_k = array.*, which is not a number"),
+    ("llama", "block_count", list(range(9999)), r"block_count = .{300,600}\.\.\.\], expected one positive number"),
+    ("llama", "general.architecture.", "clip", r"unknown GGUF architecture 'clip': .* are imported from their Hugging"),
     ("llama", "tokenizer.chat_template.tool.", 3, "tokenizer.chat_template.tool = 3"),
 ]
 
@@ -215,6 +221,38 @@ def assert_refused(tmp_path: Path, path: Path, message: str) -> None:
             import_checkpoint(path, store)
         assert "\n" not in str(caught.value)
         assert {entry.name for entry in store.path.iterdir()} == {"catalog.mdb", "catalog.mdb-lock"}
+
+
+def big_endian(content: bytes) -> bytes:
+    return content[:4] + content[4:8][::-1] + content[8:]
+
+
+@pytest.mark.parametrize(
+    ("change_bytes", "message"),
+    [
+        (
+            lambda content: content[:4] + b"\1" + content[5:],
+            "has GGUF version 1, known are 2 and 3: download a newer",
+        ),
+        (big_endian, "is big-endian: convert a copy of it with gguf-convert-endian"),
+        (lambda _: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer, not the file"),
+        (lambda _: b"<html>", "is not a GGUF file"),
+    ],
+)
+def test_files_of_another_kind_are_named(change_bytes: Callable[[bytes], bytes], message: str, tmp_path: Path) -> None:
+    path = write_gguf(model_of("llama", layers=1), tmp_path / "m.gguf")
+    path.write_bytes(change_bytes(path.read_bytes()))
+    assert_refused(tmp_path, path, message)
+
+
+def test_a_vocabulary_alone_is_no_model(tmp_path: Path) -> None:
+    path = write_gguf(model_of("llama", layers=1), tmp_path / "m.gguf", add=lambda writer: writer.tensors[0].clear())
+    assert_refused(tmp_path, path, "holds no tensors, only a vocabulary: give the file of the model itself")
+
+
+def test_kinds_of_tokens_that_are_no_list_say_nothing(tmp_path: Path) -> None:
+    generation, _ = imported(tmp_path, change("tokenizer.ggml.token_type.", "x"))
+    assert generation["eos_token_id"] == 2
 
 
 TENSORS: dict[str, tuple[str, Any, str]] = {

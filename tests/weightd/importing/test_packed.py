@@ -18,6 +18,7 @@ from stored_model import read_matrices, read_state
 from test_quantising import IDS, SETTINGS
 
 from flashclient import FlashClient
+from weightd.checkpoint.opening import open_checkpoint
 from weightd.checkpoint.quantisation.formats import dequantisable
 from weightd.errors import CheckpointError
 from weightd.importing import plan
@@ -67,6 +68,29 @@ def ffns_of(weights: dict[str, torch.Tensor]) -> Iterator[tuple[torch.Tensor, to
         yield torch.cat(by_part[0]), torch.cat(by_part[1]), torch.cat(by_part[2], dim=1)
 
 
+LEFT = "model.layers.0.mlp"
+
+
+@pytest.mark.parametrize("kind", ["gptq", "awq gemv", "packed", "float8", "bitsandbytes 8 bits"])
+@pytest.mark.parametrize("parts", [("down_proj",), ("gate_proj", "up_proj")])
+def test_matrices_that_are_not_quantised_go_beside_those_that_are(
+    kind: str, parts: tuple[str, ...], tmp_path: Path
+) -> None:
+    """As modules_to_not_convert, `dynamic` and `ignore` leave them."""
+    made = make_packed(kind, tmp_path / "m")
+    tensors = load_file(made.folder / "model.safetensors")
+    for name in (f"{LEFT}.{part}" for part in parts):
+        plain = made.weights[f"{name}.weight"].to(torch.bfloat16).contiguous()
+        tensors = {other: tensor for other, tensor in tensors.items() if not other.startswith(name)}
+        tensors[f"{name}.weight"], made.weights[f"{name}.weight"] = plain, plain.float()
+    save_file(tensors, made.folder / "model.safetensors")
+    with Store.open(tmp_path / "store", create=True) as store:
+        record = import_checkpoint(made.folder, store)
+        found = read_matrices(store, record, 0)
+    for ours, theirs in zip(found, next(ffns_of(made.weights)), strict=True):
+        assert torch.equal(ours.float(), theirs.to(ours.dtype).float())
+
+
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     [
@@ -114,6 +138,10 @@ def cut(name: str, rows: int) -> Spoil:
 def shaped(name: str, *shape: int) -> Spoil:
     """Cut to fewer values in another shape."""
     return lambda tensors: tensors.update({name: tensors[name].reshape(-1)[: math.prod(shape)].reshape(shape).clone()})
+
+
+def as_float(name: str) -> Spoil:
+    return lambda tensors: tensors.update({name: tensors[name].float()})
 
 
 def with_state(change: Callable[[str], str]) -> Spoil:
@@ -171,6 +199,7 @@ FAR = "1" + "0" * 400
         ("nf4", with_state(lambda _: "[" * 60000), {}, r"quant_state\.bitsandbytes__nf4 in .* is not JSON: download"),
         ("nf4", with_state(lambda state: state.replace("0.13032276928424835", FAR)), {}, r"has nested_offset = 1000"),
         (BITS_8, shaped(f"{UP}.weight", 96), {}, rf"SCB has shape \[96\] of F32 in .*, which are no scales of {UP}"),
+        (BITS_8, as_float(f"{UP}.weight"), {}, rf"{UP}\.weight is F32 in .*, but has scales, {UP}\.SCB: download it"),
         (BITS_8, lambda tensors: tensors[f"{UP}.weight_format"].fill_(1), {}, rf"{UP}\.weight in .* order of one proc"),
     ],
 )  # fmt: skip
@@ -189,6 +218,33 @@ def test_what_is_damaged_is_refused_in_one_line(
         with pytest.raises(CheckpointError, match=message) as caught:
             import_checkpoint(folder, store)
         assert store.names() == []
+    assert "\n" not in str(caught.value)
+
+
+OF_MLX = {"quantization": {"group_size": 64, "bits": 4}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "message"),
+    [
+        ("gptq", OF_MLX, r"is quantised \(mlx\): import the unquantised checkpoint, one in gptq"),
+        ("gptq", OF_MLX | {"quantization_config": OF_MLX["quantization"]}, r"is quantised \(mlx\): import the"),
+        *(
+            (kind, {}, r"as quantised checkpoints do, but its config\.json has no")
+            for kind in ("gptq", "packed", "nf4")
+        ),
+        *((kind, {}, r"as quantised checkpoints do, but its config\.json") for kind in ("float8", BITS_8)),
+    ],
+)
+def test_how_a_checkpoint_is_quantised_must_be_said(
+    kind: str, config: dict[str, Any], message: str, published: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(published[kind], tmp_path / "m")
+    read = json.loads((folder / "config.json").read_text())
+    del read["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(read | config))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        open_checkpoint(folder)
     assert "\n" not in str(caught.value)
 
 

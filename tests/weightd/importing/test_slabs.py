@@ -239,3 +239,16 @@ def test_layers_with_blocks_of_different_lengths(tmp_path: Path) -> None:
     assert "neuron by neuron: layer 1 has 40 neurons, which are not whole slabs of 32" in notes[0]
     with pytest.raises(CheckpointError, match="not whole slabs of 32: leave --layout slab out"):
         kept_slabs(odd, "keep", "slab")
+
+
+def test_ffns_in_blocks_without_a_kernel_are_dequantised_with_a_note(tmp_path: Path) -> None:
+    """The store may take many times what the file does."""
+    path = gguf_of("llama", tmp_path, types("TQ2_0", "TQ2_0", "TQ1_0"), hidden=256, neurons=256)
+    notes: list[str] = []
+    with Store.open(tmp_path / "store", create=True) as store:
+        record = import_checkpoint(path, store, tell=notes.append)
+    assert {part.encoding.format for part in record.bundle.parts} == {"F32"}
+    expected = (
+        "the FFNs are dequantised to fp32, because their blocks of TQ2_0, TQ1_0 cannot be kept: with --dtype int4"
+    )
+    assert [note[: len(expected)] for note in notes] == [expected]

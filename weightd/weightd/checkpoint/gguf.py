@@ -25,6 +25,8 @@ def open_gguf(path: Path) -> Checkpoint:
     check_packages(path)
     file = read_gguf(path)
     check_keys(file)
+    if not file.tensors:
+        raise CheckpointError(f"{path} holds no tensors, only a vocabulary: give the file of the model itself")
     keys = GgufKeys(file)
     architecture = architecture_of(file.architecture, keys.value("expert_count") or 0)
     vectors = {name: _small_vector(file, name) for name in VECTORS if name in file.tensors} if architecture.rope else {}

@@ -139,7 +139,10 @@ def architecture_of(name: str, experts: int) -> Architecture:
     """CheckpointError for an unknown one lists the known ones."""
     if name not in ARCHITECTURES or name in MIXTURES.values():
         known = ", ".join(sorted(ARCHITECTURES.keys() - MIXTURES.values()))
-        raise CheckpointError(f"unknown GGUF architecture {name!r}: known are {known}")
+        raise CheckpointError(
+            f"unknown GGUF architecture {name!r}: known are {known}; models of others are imported from their Hugging "
+            "Face folder"
+        )
     return ARCHITECTURES[MIXTURES.get(name, name) if experts else name]
 
 

@@ -311,7 +311,9 @@ class GgufConfig:
 def token_id(file: GgufFile, key: str, vocabulary: int) -> int | None:
     """The value of tokenizer.ggml.`key`_token_id, or None. CheckpointError if there is no token with that id."""
     value: Value | None = file.metadata.get(f"tokenizer.ggml.{key}_token_id")
-    if value is None or value.content in (-1, 0xFFFFFFFF):  # llama.cpp's LLAMA_TOKEN_NULL
+    if value is None:
+        return None
+    if type(value.content) is int and value.content in (-1, 0xFFFFFFFF):  # llama.cpp's LLAMA_TOKEN_NULL
         return None
     if type(value.content) is not int or not 0 <= value.content < vocabulary:
         raise CheckpointError(

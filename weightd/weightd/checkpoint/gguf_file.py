@@ -17,6 +17,7 @@ import numpy as np
 
 from weightd.checkpoint.model_folder import ModelFolder
 from weightd.disk.gguf_names import part_names
+from weightd.disk.lfs_pointer import check_no_pointer
 from weightd.disk.tensors import SourceTensor, check_extent
 from weightd.errors import CheckpointError
 from weightd.sizes import round_up
@@ -26,6 +27,7 @@ from weightd_proto.weightd_pb2 import Encoding
 Item = TypeVar("Item")
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
+SWAPPED_VERSIONS = tuple(version << 24 for version in VERSIONS)  # in big endian
 PART, PARTS = "split.no", "split.count"
 ALIGNMENT_BYTES_DEFAULT = 32
 STRING_TYPE, ARRAY_TYPE = 8, 9
@@ -106,6 +108,7 @@ def _check_part(file: GgufFile, index: int, parts: int) -> None:
 def read_header(path: Path) -> GgufFile:
     """Reads the header of one file, which may be a part. CheckpointError if it is incomplete, or is not GGUF."""
     file_bytes = path.stat().st_size
+    check_no_pointer(path)
     with path.open("rb") as file:
         if file.read(4) != MAGIC:
             raise CheckpointError(f"{path} is not a GGUF file: give a Hugging Face folder or a .gguf file")
@@ -137,8 +140,15 @@ class _Header:
 
     def parse(self) -> GgufFile:
         version = self._number("<I")
+        if version in SWAPPED_VERSIONS:
+            raise CheckpointError(
+                f"{self._path} is big-endian: convert a copy of it with gguf-convert-endian FILE little"
+            )
         if version not in VERSIONS:
-            raise CheckpointError(f"{self._path} has GGUF version {version}, known are {VERSIONS} in little endian")
+            raise CheckpointError(
+                f"{self._path} has GGUF version {version}, known are 2 and 3: download a newer file, or import the "
+                "Hugging Face folder"
+            )
         tensor_count, metadata_count = self._number("<Q"), self._number("<Q")
         metadata = self._unique(self._entry() for _ in range(metadata_count))
         infos = [self._tensor_info() for _ in range(tensor_count)]

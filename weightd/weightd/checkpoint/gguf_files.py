@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from weightd.checkpoint.gguf_config import token_id
-from weightd.checkpoint.gguf_file import GgufFile
+from weightd.checkpoint.gguf_file import ARRAY_TYPE, GgufFile
+from weightd.checkpoint.gguf_keys import SHORT
 from weightd.errors import CheckpointError
 
 PACKAGES = ("gguf", "torch", "transformers")
@@ -74,11 +75,8 @@ def _generation_config(file: GgufFile, config: Mapping[str, Any]) -> dict[str, A
     ids = {name: config[name] for name in ("bos_token_id", "pad_token_id") if config[name] is not None}
     if ends:
         ids["eos_token_id"] = ends if len(ends) > 1 else ends[0]
-    sampling = {
-        ours: file.metadata[f"general.sampling.{theirs}"].content
-        for theirs, ours in SAMPLING.items()
-        if f"general.sampling.{theirs}" in file.metadata
-    }
+    keys = {ours: f"general.sampling.{theirs}" for theirs, ours in SAMPLING.items()}
+    sampling = {ours: _number(file, key) for ours, key in keys.items() if key in file.metadata}
     if "temperature" in sampling and sampling["temperature"] <= 0:  # greedy, to llama.cpp
         sampling = {name: value for name, value in sampling.items() if name == "repetition_penalty"}
     elif sampling:
@@ -86,11 +84,18 @@ def _generation_config(file: GgufFile, config: Mapping[str, Any]) -> dict[str, A
     return ids | sampling
 
 
+def _number(file: GgufFile, key: str) -> int | float:
+    value = file.metadata[key].content
+    if type(value) not in (int, float):
+        raise CheckpointError(f"{file.path} has {key} = {SHORT.repr(value)}, which is not a number")
+    return value  # type: ignore[no-any-return]
+
+
 def _ends(file: GgufFile, vocabulary: int) -> list[int]:
     """The ids of the tokens that end a generation. The end-of-sequence token is first."""
     ends = [token_id(file, key, vocabulary) for key in END_KEYS]
     tokens, kinds = (file.metadata.get(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type"))
-    if tokens is not None and kinds is not None:
+    if tokens is not None and kinds is not None and tokens.kind == kinds.kind == ARRAY_TYPE:
         pairs = zip(tokens.content, kinds.content, strict=False)
         ends += [index for index, (text, kind) in enumerate(pairs) if kind == CONTROL and text in END_TEXTS]
     return list(dict.fromkeys(end for end in ends if end is not None))

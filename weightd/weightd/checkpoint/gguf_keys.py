@@ -7,6 +7,7 @@ refused by its name. Meanings are llama.cpp's (llama-model.cpp: load_hparams).
 from __future__ import annotations
 
 import math
+from reprlib import Repr
 from typing import Any, NoReturn
 
 import numpy as np
@@ -40,6 +41,10 @@ NEUTRAL_EXPERTS: dict[str, Any] = {
 ARRAYS = ("attention.sliding_window_pattern",)
 
 
+SHORT = Repr()  # an array may have any number of elements, and an error is a line
+SHORT.maxlist = SHORT.maxstring = 100
+
+
 class GgufKeys:
     """Every method takes the name of a key without the architecture."""
 
@@ -65,7 +70,7 @@ class GgufKeys:
     def refuse(self, name: str, value: Any, why: str) -> NoReturn:
         if value is None:
             raise CheckpointError(f"{self._file.path} lacks {self._prefix}{name}")
-        raise CheckpointError(f"{self._file.path} has {self._prefix}{name} = {value!r}, {why}")
+        raise CheckpointError(f"{self._file.path} has {self._prefix}{name} = {SHORT.repr(value)}, {why}")
 
     def value(self, name: str) -> Any:
         """The key's value, or None. An array with one value for all layers is that value."""

@@ -94,7 +94,8 @@ def write_tokenizer(path: Path, folder: Path) -> None:
             try:
                 tokenizer: Any = AutoTokenizer.from_pretrained(where, gguf_file=path.name, trust_remote_code=False)
             except Exception as error:  # the library may raise anything for a malformed file
-                raise CheckpointError(f"transformers cannot convert the tokenizer of {path}: {error}") from error
+                reason = " ".join(str(error).split()) or type(error).__name__  # it may have several lines
+                raise CheckpointError(f"transformers cannot convert the tokenizer of {path}: {reason}") from error
     if kind == "gpt2" and pre in SPLIT_WITH_DIGITS:
         _split_digits(tokenizer)
     elif kind == "gpt2" and pre in SPLITS:

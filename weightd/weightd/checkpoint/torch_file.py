@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from weightd.disk.lfs_pointer import check_no_pointer
 from weightd.disk.tensors import SourceTensor, check_extent, check_name
 from weightd.errors import CheckpointError
 from weightd_proto.encodings import DTYPES, plain
@@ -26,6 +27,7 @@ _NAMES = {f"torch.{dtype.torch}": dtype.name for dtype in DTYPES.values()}
 
 def read_torch_file(path: Path) -> dict[str, SourceTensor]:
     """The tensors of the file by name. CheckpointError if the file is incomplete or holds anything else."""
+    check_no_pointer(path)
     if not zipfile.is_zipfile(path):
         raise CheckpointError(
             f"{path} is incomplete or of torch's format before 1.6: download it again, or load and save it with "

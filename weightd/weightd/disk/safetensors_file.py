@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from weightd.disk.lfs_pointer import check_no_pointer
 from weightd.disk.tensors import SourceTensor, check_extent, check_name
 from weightd.errors import CheckpointError
 from weightd.sizes import format_size
@@ -17,6 +18,7 @@ SIZE_MAX = (1 << 31) - 1  # of a dimension: beyond any model, and beside a dimen
 def read_safetensors(path: Path) -> dict[str, SourceTensor]:
     """The tensors of the file by name. CheckpointError if the file is not whole."""
     file_bytes = path.stat().st_size
+    check_no_pointer(path)
     header, data_offset_bytes = _read_header(path, file_bytes)
     tensors: dict[str, SourceTensor] = {}
     for name, entry in header.items():

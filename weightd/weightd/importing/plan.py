@@ -134,7 +134,7 @@ def _bundle_steps(index: int, unit: Unit, layout: weightd_pb2.BundleLayout) -> I
     rows = [part for part in unit.parts if not part.columns]
     limits = [_rows_per_chunk(part.matrix.tensor) // part.step for part in rows]
     of_cell = layout.bundles_per_cell * bundle_neurons(layout)
-    neurons = min(CHUNK_BYTES // layout.cell_bytes * of_cell, *limits)
+    neurons = min([CHUNK_BYTES // layout.cell_bytes * of_cell, *limits])  # no limits where all matrices are held
     together = lcm(layout.cell_bytes, layout.block_bytes) // layout.cell_bytes * of_cell
     together = lcm(together, *(part.matrix.tensor.rows_together for part in rows))
     neurons = max(1, neurons // together) * together

@@ -6,7 +6,7 @@ F32. Bundles are stored in it, too, unless they are quantised.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from weightd.importing.plan import runs_of
 from weightd.importing.quantised.by_neuron import neuron_format
 from weightd.importing.slabs import Slabs, slabs_of
 from weightd.importing.units import Unit
-from weightd_proto.encodings import BLOCK_FORMATS, COMPUTE_DTYPES, LAYOUTS, QUANTISED_DTYPES, in_blocks, plain
+from weightd_proto.encodings import BLOCK_FORMATS, COMPUTE_DTYPES, LAYOUTS, QUANTISED_DTYPES, in_blocks, is_plain, plain
 from weightd_proto.tensor_sources import tensor_names
 from weightd_proto.weightd_pb2 import Encoding, Recipe, ResidentSource
 
@@ -76,7 +76,20 @@ def kept_slabs(units: Sequence[Unit], request: str, layout: str) -> tuple[Slabs 
             f"no FFN of the checkpoint is quantised in a format that kernels compute with ({known}), so slabs would "
             f"keep nothing: leave --layout {SLAB} out"
         )
-    return slabs, () if slabs is None else slabs.notes
+    return slabs, tuple(_unkept(units)) if slabs is None else slabs.notes
+
+
+def _unkept(units: Sequence[Unit]) -> Iterator[str]:
+    """What is said of FFNs in blocks with scales of their own, none of which is kept."""
+    tensors = [part.matrix.tensor for unit in units for part in unit.parts]
+    formats = dict.fromkeys(
+        tensor.encoding.format for tensor in tensors if tensor.scales is None and not is_plain(tensor.encoding)
+    )
+    if formats:
+        yield (
+            f"the FFNs are dequantised to fp32, because their blocks of {', '.join(formats)} cannot be kept: with "
+            "--dtype int4, int8 or bf16 they take less"
+        )
 
 
 def kept_neurons(units: Sequence[Unit], request: str, layout: str) -> tuple[Encoding | None, tuple[str, ...]]:

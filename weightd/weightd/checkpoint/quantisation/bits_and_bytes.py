@@ -47,6 +47,10 @@ def bits_and_bytes(q: QuantisedTensors) -> Named:
             matrix = scaled(tensor, q.tensors[module + ROWS], q.dtype)
             assert matrix.scales is not None
             yield name, replace(matrix, scales=replace(matrix.scales, divisor=127.0))
+        elif module != name and module + ROWS in q.tensors:
+            raise CheckpointError(
+                f"{name} is {tensor.dtype} in {tensor.path}, but has scales, {module + ROWS}: download it again"
+            )
         elif STATE not in name and name not in sides and not name.endswith((ROWS, FORMAT)):
             yield name, tensor
 

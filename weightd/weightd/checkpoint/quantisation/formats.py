@@ -38,6 +38,12 @@ CT_FORMATS = (
     *("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "nvfp4-pack-quantized"),
     *("mxfp4-pack-quantized", "mxfp8-quantized", "mixed-precision", "dense"),
 )
+MLX = "mlx"  # whose config.json has a key of its own
+# Of tensors in quantised checkpoints of these and other formats: exl2 has q_weight, exl3 trellis.
+QUANTISED_ENDS = (
+    *(".qweight", ".qzeros", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".weight_scale_2", ".SCB"),
+    *(".absmax", ".q_weight", ".trellis"),
+)
 MODELOPT = (
     "FP8",
     "FP8_PER_CHANNEL_PER_TOKEN",
@@ -55,6 +61,9 @@ def quantisation(path: Path, config: Mapping[str, Any]) -> str | None:
 
     CheckpointError for a format that weightd does not read.
     """
+    of_mlx = config.get("quantization")
+    if isinstance(of_mlx, dict) and "group_size" in of_mlx:
+        raise CheckpointError(f"{path} is quantised ({MLX}): {_instead()}")
     for key in (CONFIG, "compression_config"):
         value = config.get(key)
         if value is None:
@@ -62,11 +71,13 @@ def quantisation(path: Path, config: Mapping[str, Any]) -> str | None:
         method = value.get("quant_method") if isinstance(value, dict) else None
         if key == CONFIG and isinstance(method, str) and method in FORMATS:
             return method
-        raise CheckpointError(
-            f"{path} is quantised ({method or f'{key} = {value!r}'}): import the unquantised checkpoint, one in "
-            f"{', '.join(list(FORMATS)[:-1])} or {list(FORMATS)[-1]}, or a .gguf file"
-        )
+        raise CheckpointError(f"{path} is quantised ({method or f'{key} = {value!r}'}): {_instead()}")
     return None
+
+
+def _instead() -> str:
+    *others, last = FORMATS
+    return f"import the unquantised checkpoint, one in {', '.join(others)} or {last}, or a .gguf file"
 
 
 def dequantisable(
@@ -79,6 +90,7 @@ def dequantisable(
     """
     method = quantisation(path, config)
     if method is None:
+        _check_unquantised(path, tensors)
         return dict(tensors), ()
     text = config.get("text_config")
     values = (part.get(key) for part in (config, text) if isinstance(part, dict) for key in ("dtype", "torch_dtype"))
@@ -93,6 +105,16 @@ def dequantisable(
         weights = {name: tensor for name, tensor in weights.items() if name not in set(names)}
     q = QuantisedTensors(path, weights, config[CONFIG], dtype, notes)
     return dict(FORMATS[method](q)), tuple(notes)
+
+
+def _check_unquantised(path: Path, tensors: Mapping[str, SourceTensor]) -> None:
+    """CheckpointError for tensors of a quantised checkpoint, whose configuration does not say that it is one."""
+    found = next((name for name in tensors if name.endswith(QUANTISED_ENDS)), None)
+    if found is not None:
+        raise CheckpointError(
+            f"{path} holds {found}, as quantised checkpoints do, but its config.json has no {CONFIG}, which says how: "
+            f"download it again, or {_instead()}"
+        )
 
 
 def _compressed(q: QuantisedTensors) -> Iterator[tuple[str, SourceTensor]]:
