@@ -245,6 +245,16 @@ def test_files_of_another_kind_are_named(change_bytes: Callable[[bytes], bytes],
     assert_refused(tmp_path, path, message)
 
 
+@pytest.mark.parametrize("offset_bytes", [0, 5])
+def test_tensors_that_overlap_are_refused(offset_bytes: int, tmp_path: Path) -> None:
+    """Else one would be read as the other."""
+    path = write_gguf(model_of("llama", layers=1), tmp_path / "m.gguf")
+    content, name = path.read_bytes(), b"blk.0.ffn_up.weight"
+    place = content.index(name) + len(name) + 4 + 2 * 8 + 4  # after rank, two dimensions and type
+    path.write_bytes(content[:place] + offset_bytes.to_bytes(8, "little") + content[place + 8 :])
+    assert_refused(tmp_path, path, "is damaged: .* overlaps .*; download it again")
+
+
 def test_a_vocabulary_alone_is_no_model(tmp_path: Path) -> None:
     path = write_gguf(model_of("llama", layers=1), tmp_path / "m.gguf", add=lambda writer: writer.tensors[0].clear())
     assert_refused(tmp_path, path, "holds no tensors, only a vocabulary: give the file of the model itself")
@@ -326,6 +336,8 @@ def test_every_chat_template_of_the_file_arrives(tmp_path: Path) -> None:
         ("gpt-2", "12", ["12"]),
         ("llama-bpe", "12", ["12"]),
         ("bloom", "12 a.b", ["12", "\u0120a", ".", "b"]),
+        ("viking", "12 a.b", ["1", "2", "\u0120a", ".", "b"]),
+        ("deepseek-coder", "it's 12\n", ["it", "'", "s", "\u0120", "1", "2", "\u010a"]),
         ("falcon", "it's 12345<=x", ["it", "'", "s", "\u0120", "123", "45", "<=", "x"]),
         ("stablelm2", "It'S 12", ["It", "'S", "\u0120", "1", "2"]),
     ],

@@ -69,7 +69,8 @@ class GgufConfig:
         config |= {name: keys.optional(key) for name, key in architecture.caps.items()}
         self._add_windows(config, sizes, head_size)
         self._add_by_tensors(config, sizes)
-        keys.check_all_read(mixture="expert_count" in architecture.sizes.values())
+        mixture = "expert_count" in architecture.sizes.values()
+        keys.check_all_read(mixture, normed=architecture.constants.get("norm_topk_prob", True))
         return config | self._token_ids(config["vocab_size"])
 
     # Shapes

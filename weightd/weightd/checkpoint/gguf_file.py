@@ -118,7 +118,17 @@ def read_header(path: Path) -> GgufFile:
             raise CheckpointError(f"{path} is incomplete: its header ends early; download it again") from error
     for tensor in parsed.tensors.values():
         check_extent(tensor, file_bytes)
+    _check_apart(parsed)
     return parsed
+
+
+def _check_apart(file: GgufFile) -> None:
+    """CheckpointError if tensors overlap, so that at least one of them holds numbers of another."""
+    end_bytes, before = 0, ""
+    for tensor in sorted(file.tensors.values(), key=lambda tensor: (tensor.offset_bytes, tensor.elements)):
+        if tensor.offset_bytes < end_bytes:
+            raise CheckpointError(f"{file.path} is damaged: {tensor.name} overlaps {before}; download it again")
+        end_bytes, before = tensor.offset_bytes + tensor.bytes_of(tensor.elements), tensor.name
 
 
 def _whole_number(path: Path, metadata: Mapping[str, Value], name: str, default: int) -> int:

@@ -33,7 +33,7 @@ NEUTRAL: dict[str, Any] = {
 }  # fmt: skip
 # The same for models with experts. Others may have any value.
 NEUTRAL_EXPERTS: dict[str, Any] = {
-    "expert_weights_norm": True, "expert_weights_scale": 1.0, "expert_gating_func": 1, "leading_dense_block_count": 0,
+    "expert_weights_norm": None, "expert_weights_scale": 1.0, "expert_gating_func": 1, "leading_dense_block_count": 0,
     "interleave_moe_layer_step": 1, "expert_used_count": None, "expert_feed_forward_length": None,
     "expert_shared_feed_forward_length": 0,
 }  # fmt: skip
@@ -53,9 +53,12 @@ class GgufKeys:
         self._prefix = f"{file.architecture}."
         self._read: set[str] = set()
 
-    def check_all_read(self, mixture: bool) -> None:
-        """CheckpointError names a key that was not read and could have a meaning."""
-        neutral = NEUTRAL | NEUTRAL_EXPERTS if mixture else NEUTRAL
+    def check_all_read(self, mixture: bool, normed: bool) -> None:
+        """CheckpointError names a key that was not read and could have a meaning.
+
+        `normed`: whether the weights of picked experts are divided by their sum.
+        """
+        neutral = NEUTRAL | NEUTRAL_EXPERTS | {"expert_weights_norm": normed} if mixture else NEUTRAL
         without_meaning = WITHOUT_MEANING if mixture else WITHOUT_MEANING | NEUTRAL_EXPERTS.keys()
         for key in self._file.metadata:
             name = key.removeprefix(self._prefix)

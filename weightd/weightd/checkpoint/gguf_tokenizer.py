@@ -25,12 +25,25 @@ from weightd.errors import CheckpointError
 
 # Values of tokenizer.ggml.pre, which says how text is split before merging: as by GPT-2, or the same after every digit
 # was split off. transformers itself knows others (GGUF_PRE_TOKENIZER_SPLITS).
-SPLIT_AS_GPT2 = {"default", "gpt-2", "gpt2", "phi-2", "mpt", "olmo", "jina-v1-en", "jina-v2-es", "jina-v2-de"}
+SPLIT_AS_GPT2 = {
+    "default", "gpt-2", "gpt2", "phi-2", "mpt", "olmo", "jina-v1-en", "jina-v2-es", "jina-v2-de", "mellum", "gigachat",
+    "trillion", "granite-docling",
+}  # fmt: skip
 SPLIT_WITH_DIGITS = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"}
 # Others of llama.cpp (llama-vocab.cpp): expressions, each of which splits what those before it have left whole.
 _CONTRACTIONS = r"'s|'t|'re|'ve|'m|'ll|'d"
+_BLOOM = r" ?[^(\s|.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c)]+"
 SPLITS = {
-    "bloom": [r" ?[^(\s|.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c)]+"],
+    "bloom": [_BLOOM],
+    "poro-chat": [_BLOOM],
+    "viking": [_BLOOM, r"\p{N}"],
+    "deepseek-coder": [
+        r"[\r\n]",
+        r"\s?\p{L}+",
+        r"\s?\p{P}+",
+        r"[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+",
+        r"\p{N}",
+    ],
     "falcon": [
         r"[\p{P}\$\+<=>\^~\|`]+",
         _CONTRACTIONS + r"| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
