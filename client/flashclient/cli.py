@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from importlib.util import find_spec
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 from flashclient import standard_streams
 from flashclient.commands import calibrate, chat, evaluate, generate, run, serve
@@ -21,6 +25,7 @@ from flashclient.standard_streams import complain
 # They take seconds to import: a usage error or --help should not wait for them.
 PACKAGES = ("torch", "transformers")
 COMMANDS = (run, chat, generate, serve, calibrate, evaluate)
+OWN = f"{Path(__file__).parent}{os.sep}"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -80,13 +85,30 @@ def _main(arguments: list[str] | None) -> int:
     try:
         options = _parsed(arguments)
         _check_packages()
-        status: int = options.run(options)
+        with _own_warnings_in_one_line():
+            status: int = options.run(options)
     except FlashClientError as error:
         complain("flashclient", in_flags(str(error)))
         return error.exit_status
     except KeyboardInterrupt:
         return 130
     return status
+
+
+@contextmanager
+def _own_warnings_in_one_line() -> Iterator[None]:
+    """Warnings of the library are told as its errors are: without the place in the code, and with flags."""
+
+    def show(message: Warning | str, category: type[Warning], filename: str, *more: Any) -> None:
+        if filename.startswith(OWN):
+            complain("flashclient", in_flags(str(message)))
+        else:
+            others(message, category, filename, *more)
+
+    module: Any = warnings
+    with warnings.catch_warnings():
+        others, module.showwarning = module.showwarning, show
+        yield
 
 
 def _check_packages() -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -147,6 +148,7 @@ def test_help(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 
 QUICK = """
 import sys
+import warnings
 from flashclient import cli
 status = cli.main(sys.argv[1:])
 assert "torch" not in sys.modules
@@ -187,3 +189,18 @@ def test_a_prompt_may_stand_behind_flags(given: list[str], prompt: str | None) -
 def test_what_is_too_much_is_refused(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["generate", *given]) == 2
     assert "unrecognized arguments" in capsys.readouterr().err
+
+
+def test_own_warnings_are_one_line_with_flags(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def warn(_: object) -> int:
+        warnings.warn_explicit("dram='1' has no effect: leave dram= out", UserWarning, cli.__file__, 1)
+        warnings.warn_explicit("of another", UserWarning, "/elsewhere.py", 7)
+        return 0
+
+    monkeypatch.setattr("flashclient.commands.generate._run", warn)
+    with pytest.warns(UserWarning, match="of another") as others:
+        assert cli.main(["generate", "m", "Hi"]) == 0
+    assert len(others) == 1
+    assert capsys.readouterr().err == "flashclient: --dram '1' has no effect: leave --dram out\n"
