@@ -25,6 +25,7 @@ from flashclient.model.activations import HELD
 HIDDEN = 64
 HEADS = 4
 HEAD_DIM = 16
+ROTARY_DIM = 8  # where it has a field of its own
 VOCABULARY = 256
 LAYERS_MIN = 4
 SEED = 11
@@ -40,6 +41,7 @@ class _Scale:
     layers_real: int
     hidden_real: int
     heads_real: int
+    rotated: int = HEAD_DIM  # of a tiny head
 
 
 def _constant(value: int) -> Callable[[int, _Scale], int]:
@@ -97,7 +99,7 @@ _SIZES: tuple[tuple[str, Callable[[int, _Scale], int]], ...] = (
     (r"\w*(key_value|kv|key|value)_heads|kv_n_heads|num_query_groups|\w*key_value_heads\w*", _key_heads),
     (_HEADS + r"|num_attention_heads_per_layer|linear_num_heads", _constant(HEADS)),
     (r"qk_head_dim", _constant(HEAD_DIM + 8)),
-    (r"qk_rope_head_dim|rotary_dim", _constant(8)),
+    (r"qk_rope_head_dim|rotary_dim", _constant(ROTARY_DIM)),
     (r"\w*head_?dim|attention_head_size|d_head|dim_head|kv_channels|d_kv|mamba_d_head", _constant(HEAD_DIM)),
     (r"mamba_d_ssm", _constant(2 * HIDDEN)),
     (r"\w*(d_state|state_size)", _at_most(16)),
@@ -167,7 +169,7 @@ def _shrunk(values: dict[str, Any], outer: _Scale) -> dict[str, Any]:
     ids = _Tokens()
     tiny = {name: _tiny(name, value, scale, ids) for name, value in values.items()}
     for name in _BY_FREQUENCY & values.keys():
-        rotated = int(HEAD_DIM * (values.get("partial_rotary_factor") or 1))  # of Phi-4-mini three quarters
+        rotated = int(scale.rotated * (values.get("partial_rotary_factor") or 1))  # of Phi-4-mini three quarters
         tiny[name] = values[name] and values[name][: rotated // 2]
     by_layer = values.get("per_layer_config") or {}
     for layer in (None, *by_layer):
@@ -189,7 +191,9 @@ def _scale(values: dict[str, Any], outer: _Scale) -> _Scale:
 
     lists = [len(v) for n, v in values.items() if n in ("layer_types", "layers_block_type") and isinstance(v, list)]
     layers_real = first(_LAYERS, max(lists, default=outer.layers_real))
-    return _Scale(outer.layers, layers_real, first(_HIDDEN, outer.hidden_real), first(_HEADS, outer.heads_real))
+    rotated = ROTARY_DIM if values.get("qk_rope_head_dim") else outer.rotated
+    hidden_real, heads_real = first(_HIDDEN, outer.hidden_real), first(_HEADS, outer.heads_real)
+    return _Scale(outer.layers, layers_real, hidden_real, heads_real, rotated)
 
 
 class _Tokens:

@@ -63,20 +63,24 @@ def test_lists_by_layer_are_cut() -> None:
     assert tiny.num_kv_shared_layers == 5
 
 
-@pytest.mark.parametrize("share", [1.0, 0.75])
-def test_factors_of_rotary_frequencies_are_as_many_as_these(share: float) -> None:
-    """Phi-4-mini rotates three quarters of each head."""
-    factors = [1.0] * int(48 * share)
-    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": factors, "long_factor": factors}
-    config = AutoConfig.for_model(
-        "phi3",
-        num_attention_heads=32,
-        partial_rotary_factor=share,
-        original_max_position_embeddings=4096,
-        rope_parameters=rope | {"partial_rotary_factor": share},
-    )
-    made = tiny_model(*model_class(config)).config.rope_parameters
-    assert len(made["short_factor"]) == len(made["long_factor"]) == 8 * share
+@pytest.mark.parametrize(
+    ("kind", "changes", "share", "real", "tiny"),
+    [
+        ("phi3", {"num_attention_heads": 32}, 1.0, 48, 8),
+        ("phi3", {"num_attention_heads": 24, "partial_rotary_factor": 0.75}, 0.75, 48, 6),  # Phi-4-mini
+        ("minicpm3", {"qk_rope_head_dim": 32}, 1.0, 16, 4),
+    ],
+)
+def test_factors_of_rotary_frequencies_are_as_many_as_these(
+    kind: str, changes: dict[str, Any], share: float, real: int, tiny: int
+) -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": share}
+    rope |= {"short_factor": [1.0] * real, "long_factor": [1.0] * real, "original_max_position_embeddings": 4096}
+    config = AutoConfig.for_model(kind, rope_parameters=rope, **changes)
+    model = tiny_model(*model_class(config))
+    run(model)
+    made = model.config.rope_parameters
+    assert len(made["short_factor"]) == len(made["long_factor"]) == tiny
 
 
 def test_numbers_of_layers_beyond_the_last_are_dropped() -> None:
