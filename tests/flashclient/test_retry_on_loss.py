@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import re
 import shutil
 import threading
@@ -17,7 +18,10 @@ from mortal_daemon import mortal
 from predictors import lossy, publish_predictors
 
 from flashclient import FlashClient
-from flashclient.errors import DaemonLostError, RefusedError
+from flashclient.batching.request import Progress, TextRequest
+from flashclient.batching.sampling import Sampling
+from flashclient.batching.scheduler import Scheduler
+from flashclient.errors import DaemonLostError, FlashClientError, RefusedError
 from flashclient.model.ffn import StreamedFFN
 from flashclient.source.ring import RingSource
 from weightd import cli
@@ -26,6 +30,7 @@ from weightd.store.store import Store
 from weightd_proto import weightd_pb2
 
 LAYERS, HIDDEN, NEURONS = 3, 128, 1024
+ANSWER_S = 60.0
 PROMPT = [5, 17, 200, 31, 8]
 GREEDY: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": -1}
 OPTIONS: dict[str, dict[str, Any]] = {"shm": {"transport": "shm"}, "grpc": {"transport": "grpc", "pool_bytes": 700_000}}
@@ -187,6 +192,33 @@ def test_another_import_after_the_restart_is_one_error(store: Path, tmp_path: Pa
 
         with at_ffn(client, 5, import_another), pytest.raises(RefusedError, match="'tiny' is another import than"):
             client.generate(PROMPT, **GREEDY)
+
+
+def test_a_server_whose_model_was_replaced_is_not_healthy(store: Path, tmp_path: Path) -> None:
+    with mortal(store, "--dram", dram(store)) as daemon, FlashClient("tiny", address=daemon.address) as client:
+        scheduler = Scheduler(client.loaded)
+        try:
+            assert finished(scheduler, client).error is None
+            scheduler.check_runs()
+            daemon.kill()
+            assert cli.main(["rm", "tiny", "--store", str(store)]) == 0
+            import_model(store, tmp_path / "other", seed=1)
+            daemon.start()
+            assert isinstance(finished(scheduler, client).error, RefusedError)
+            with pytest.raises(FlashClientError, match=r"'tiny' is another import than .*; start the server again"):
+                scheduler.check_runs()
+        finally:
+            scheduler.close()
+
+
+def finished(scheduler: Scheduler, client: FlashClient) -> Progress:
+    """What a server is told at the end of a request."""
+    told: queue.SimpleQueue[Progress] = queue.SimpleQueue()
+    scheduler.submit(TextRequest(PROMPT, client.tokenizer, Sampling(temperature=0.0), 4, frozenset(), (), told.put))
+    while True:
+        progress = told.get(timeout=ANSWER_S)
+        if progress.finished is not None or progress.error is not None:
+            return progress
 
 
 def test_another_calibration_after_the_restart_changes_no_token(store: Path) -> None:

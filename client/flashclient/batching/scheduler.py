@@ -21,7 +21,14 @@ from flashclient.batching.kept_file import KeptFile
 from flashclient.batching.kept_prefixes import KeptPrefixes
 from flashclient.batching.request import TextRequest
 from flashclient.batching.step_order import StepOrder
-from flashclient.errors import BusyError, FlashClientError, ModelError, OptionError
+from flashclient.errors import (
+    BusyError,
+    FlashClientError,
+    ModelError,
+    ModelNotFoundError,
+    OptionError,
+    RefusedError,
+)
 from flashclient.kernels.growing_cache import GrowingCache
 from flashclient.model.loaded import LoadedModel
 from flashclient.torch_state import on_cpu
@@ -131,6 +138,7 @@ class Scheduler:
         self._running: list[tuple[TextRequest, int]] = []  # by row: the request, and its last token
         self._prompts: _Prompts | None = None
         self.steps = self.made_tokens = 0
+        self._refused: Exception | None = None  # by weightd: why it serves the model no more
         self._thread = threading.Thread(target=self._run, name="flashclient-scheduler", daemon=True)
         self._thread.start()
 
@@ -169,9 +177,11 @@ class Scheduler:
         return self._kept.fetched_tokens
 
     def check_runs(self) -> None:
-        """Raises FlashClientError if its thread has ended."""
+        """Raises FlashClientError if its thread has ended, or if weightd has the model no more, or another import."""
         if not self._thread.is_alive():
             raise FlashClientError("the model computes no more requests: start the server again")
+        if self._refused is not None:
+            raise FlashClientError(f"{self._refused}; start the server again")
 
     def stop(self) -> None:
         """Fails all requests after the step under way, and does not wait for it."""
@@ -192,8 +202,10 @@ class Scheduler:
                         if self._before_step is not None:
                             self._before_step()
                         self._step()
+                    self._refused = None
                 except Exception as error:  # of the daemon or the device: what runs is lost, what waits is not
                     _log(error)
+                    self._note_refusal(error)
                     self._fail_running(error)
         finally:
             with self._changed:
@@ -219,6 +231,12 @@ class Scheduler:
                 self._loaded.built.ffn.idle()
         except Exception as error:  # weightd is gone, and its leases are, too
             _log(error)
+            self._note_refusal(error)
+
+    def _note_refusal(self, error: Exception) -> None:
+        """Notes an error that comes again with each request. Others may be over, as when weightd starts again."""
+        if isinstance(error, RefusedError | ModelNotFoundError):
+            self._refused = error
 
     def _step(self) -> None:
         """A chunk of prompts, and a token of each sequence."""

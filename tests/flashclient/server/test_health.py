@@ -16,7 +16,7 @@ from flashclient.server.api import make_api
 def hosted(thread: threading.Thread) -> Any:
     """A model whose scheduler has this thread."""
     scheduler = object.__new__(Scheduler)
-    scheduler._thread = thread
+    scheduler._thread, scheduler._refused = thread, None
     return SimpleNamespace(scheduler=scheduler)
 
 
