@@ -28,6 +28,7 @@ from flashclient.kernels.decoder_layer import use_native_layers
 from flashclient.kernels.dtypes import DTYPES
 from flashclient.kernels.encoded_matrix import BlockRows
 from flashclient.kernels.fused_attention import use_fused_attention
+from flashclient.kernels.resident_conv1d import use_resident_conv1ds
 from flashclient.kernels.resident_linear import use_fast_linears
 from flashclient.kernels.resident_norm import use_native_norms
 from flashclient.kernels.resident_router import use_native_routers
@@ -140,6 +141,7 @@ def build_model(
     _assign(model, tensors, record)
     model.generation_config = read_generation_config(folder)
     use_fast_linears(model, workers)
+    use_resident_conv1ds(model)
     settle_encoded_weights(model)
     use_native_norms(model, workers)
     use_native_routers(model, workers)

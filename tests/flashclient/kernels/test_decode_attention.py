@@ -277,7 +277,7 @@ def test_default_is_the_best_instruction_set() -> None:
     model: Any = make_model(make_config("opt"))
     assert use_decode_attention(model, WORKERS) == model.config.num_hidden_layers
     kernels = model.model.decoder.layers[0].self_attn.decode_kernels
-    assert kernels[torch.bfloat16].instruction_set == AVAILABLE[0]
+    assert kernels[torch.bfloat16].instruction_set == Attention(WORKERS, "BF16", AVAILABLE[0]).instruction_set
     with pytest.raises(ValueError, match="instruction set 'mmx' is unknown"):
         use_decode_attention(model, WORKERS, "mmx")
 

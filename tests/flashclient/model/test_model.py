@@ -245,11 +245,18 @@ def test_refuses_an_unknown_architecture_of_before(tmp_path: Path) -> None:
 
 
 def test_refuses_an_activation_without_kernel(tmp_path: Path) -> None:
-    parts = cut(dense_model("llama", hidden_act="tanh"))
-    with pytest.raises(ModelError, match=r"no kernel for the FFNs of .*: no kernel for activation 'tanh': .*; upgrade"):
+    parts = cut(dense_model("llama"))
+    parts.record.activation.function = "unheard_of"
+    match = r"no kernel for the FFNs of .*: no kernel for activation 'unheard_of': .*; upgrade"
+    with pytest.raises(ModelError, match=match):
         streamed_model(parts, ArraySource(parts, [9]), tmp_path)
-    with pytest.raises(ModelError, match="no kernel for activation Tanh"):
-        streamed_model(old(parts), ArraySource(parts, [9]), tmp_path)
+
+
+def test_refuses_a_learned_activation_of_before(tmp_path: Path) -> None:
+    parts = old(cut(dense_model("llama")))
+    parts.files["config.json"] = parts.files["config.json"].replace(b'"silu"', b'"xielu"')
+    with pytest.raises(ModelError, match="no kernel for activation XIELU"):
+        streamed_model(parts, ArraySource(parts, [9]), tmp_path)
 
 
 def _renamed(record: weightd_pb2.Model) -> None:

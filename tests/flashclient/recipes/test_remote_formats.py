@@ -319,7 +319,7 @@ def test_activation_that_the_user_names_replaces_that_of_the_configuration() -> 
 
 def test_activations_with_and_without_a_number() -> None:
     assert parse_activation("fatrelu:0.01").parameter == pytest.approx(0.01)
-    for text in ("tanh", "fatrelu", "relu:1", "fatrelu:x", "fatrelu:-1", ""):
+    for text in ("unheard_of", "fatrelu", "relu:1", "fatrelu:x", "fatrelu:-1", ""):
         with pytest.raises(ModelError, match="unknown activation"):
             parse_activation(text)
 

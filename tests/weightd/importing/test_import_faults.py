@@ -20,7 +20,9 @@ from small_disk import fill, small_disk
 
 from weightd.checkpoint.opening import open_checkpoint
 from weightd.cli import main
+from weightd.errors import CheckpointError
 from weightd.importing.client_process import derive
+from weightd.importing.convert import import_checkpoint
 from weightd.store.store import Store
 from weightd.store.verify import verify_model
 
@@ -190,6 +192,40 @@ def test_disk_that_fills_up_meanwhile_ends_the_import(
 
 
 # Bad checkpoints
+
+
+def rewrite(folder: Path) -> None:
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        file.write(b"1234")
+
+
+def add_shard(folder: Path) -> None:
+    (folder / "model-00002-of-00002.safetensors").write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    ("change", "first"),
+    [
+        (rewrite, "model.safetensors"),
+        (add_shard, "model-00002-of-00002.safetensors"),
+        (lambda folder: (folder / "generation_config.json").unlink(), "generation_config.json"),
+    ],
+    ids=["rewritten", "added", "removed"],
+)
+def test_a_checkpoint_that_changes_while_it_is_read(
+    store: Path, checkpoint: Path, tmp_path: Path, change: Callable[[Path], None], first: str
+) -> None:
+    source = Path(shutil.copytree(checkpoint, tmp_path / "source"))
+    changes = iter([change])
+
+    def progress(*_: int) -> None:
+        if (now := next(changes, None)) is not None:
+            now(source)
+
+    with Store.open(store) as opened, pytest.raises(CheckpointError, match=f"during the import, first {first}: "):
+        import_checkpoint(source, opened, "half", progress=progress, ask=answer_here)
+    assert_whole(store, ["old"])
 
 
 def truncate(path: Path) -> None:

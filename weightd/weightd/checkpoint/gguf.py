@@ -25,10 +25,10 @@ def open_gguf(path: Path) -> Checkpoint:
     check_packages(path)
     file = read_gguf(path)
     check_keys(file)
-    if not file.tensors:
-        raise CheckpointError(f"{path} holds no tensors, only a vocabulary: give the file of the model itself")
     keys = GgufKeys(file)
     architecture = architecture_of(file.architecture, keys.value("expert_count") or 0)
+    if not file.tensors:
+        raise CheckpointError(f"{path} holds no tensors, only a vocabulary: give the file of the model itself")
     vectors = {name: _small_vector(file, name) for name in VECTORS if name in file.tensors} if architecture.rope else {}
     config = GgufConfig(file, keys, architecture, vectors).config()
     heads = keys.size("attention.head_count")

@@ -23,7 +23,7 @@ from weightd import _native
 from weightd.checkpoint.checkpoint import Checkpoint
 from weightd.checkpoint.folder import CONFIG_FILE
 from weightd.checkpoint.opening import open_checkpoint
-from weightd.errors import SpaceError
+from weightd.errors import CheckpointError, SpaceError
 from weightd.importing.assembly import plan_resident
 from weightd.importing.client_process import Ask, check_runnable, child, derive
 from weightd.importing.plan import plan_bundles
@@ -127,8 +127,19 @@ def import_checkpoint(
             files_folder = staging.folder / FILES_FOLDER
             model.record.files.extend(write_files(checkpoint, recipe, files_folder))
             check_runnable(model.record, files_folder, path, asked)
-        staging.publish(model.record, *_write(model, staging.folder, allow_buffered, progress))
+        checksums = _write(model, staging.folder, allow_buffered, progress)
+        _check_unchanged(path, origin, origin_of(path, dtype, activation))
+        staging.publish(model.record, *checksums)
     return model.record
+
+
+def _check_unchanged(path: Path, before: weightd_pb2.Origin, after: weightd_pb2.Origin) -> None:
+    """Raises CheckpointError for files that were written while they were read: the model may be half of each."""
+    files = [{file.name: (file.size_bytes, file.checksum) for file in one.files} for one in (before, after)]
+    changed = sorted(name for name, _ in files[0].items() ^ files[1].items())
+    if changed:
+        text = f"{path} changed during the import, first {changed[0]}: import it again when nobody writes to it"
+        raise CheckpointError(text)
 
 
 def _write(
