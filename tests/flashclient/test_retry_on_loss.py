@@ -205,7 +205,7 @@ def test_a_server_whose_model_was_replaced_is_not_healthy(store: Path, tmp_path:
             import_model(store, tmp_path / "other", seed=1)
             daemon.start()
             assert isinstance(finished(scheduler, client).error, RefusedError)
-            with pytest.raises(FlashClientError, match=r"'tiny' is another import than .*; start the server again"):
+            with pytest.raises(FlashClientError, match="start the server again: 'tiny' is another import than"):
                 scheduler.check_runs()
         finally:
             scheduler.close()

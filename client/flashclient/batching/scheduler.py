@@ -21,19 +21,14 @@ from flashclient.batching.kept_file import KeptFile
 from flashclient.batching.kept_prefixes import KeptPrefixes
 from flashclient.batching.request import TextRequest
 from flashclient.batching.step_order import StepOrder
-from flashclient.errors import (
-    BusyError,
-    FlashClientError,
-    ModelError,
-    ModelNotFoundError,
-    OptionError,
-    RefusedError,
-)
+from flashclient.errors import BusyError, FlashClientError, ModelError, OptionError
 from flashclient.kernels.growing_cache import GrowingCache
 from flashclient.model.loaded import LoadedModel
 from flashclient.torch_state import on_cpu
 
 CHUNK_TOKENS = 256  # of a prompt
+# Statuses of weightd's answers that each request would get: the model is gone, or another import, or not for this user.
+LASTING = ("NOT_FOUND", "FAILED_PRECONDITION", "PERMISSION_DENIED")
 
 logger = logging.getLogger("flashclient.server")
 
@@ -138,7 +133,7 @@ class Scheduler:
         self._running: list[tuple[TextRequest, int]] = []  # by row: the request, and its last token
         self._prompts: _Prompts | None = None
         self.steps = self.made_tokens = 0
-        self._refused: Exception | None = None  # by weightd: why it serves the model no more
+        self._refused: str | None = None  # by weightd: why it serves the model no more
         self._thread = threading.Thread(target=self._run, name="flashclient-scheduler", daemon=True)
         self._thread.start()
 
@@ -181,7 +176,7 @@ class Scheduler:
         if not self._thread.is_alive():
             raise FlashClientError("the model computes no more requests: start the server again")
         if self._refused is not None:
-            raise FlashClientError(f"{self._refused}; start the server again")
+            raise FlashClientError(f"start the server again: {self._refused}")
 
     def stop(self) -> None:
         """Fails all requests after the step under way, and does not wait for it."""
@@ -235,8 +230,9 @@ class Scheduler:
 
     def _note_refusal(self, error: Exception) -> None:
         """Notes an error that comes again with each request. Others may be over, as when weightd starts again."""
-        if isinstance(error, RefusedError | ModelNotFoundError):
-            self._refused = error
+        status = getattr(error.__cause__, "code", None)  # of gRPC
+        if callable(status) and status().name in LASTING:
+            self._refused = str(error)
 
     def _step(self) -> None:
         """A chunk of prompts, and a token of each sequence."""

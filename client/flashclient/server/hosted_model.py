@@ -26,7 +26,7 @@ from flashclient.server.tool_formats import ToolFormat, format_of
 
 SEQUENCES_OF_REQUEST_MAX = 64
 CHARACTERS_MIN = 1 << 18  # of a prompt that is encoded in any case: an unknown word of any length may be one token
-ROLES = ("system", "user", "assistant", "tool", "function")
+ROLES = ("system", "user", "assistant", "tool")
 TEMPLATE_S = 3.0  # for a chat template, which may have loops in loops
 NEW_TOKENS_DEFAULT = 2048  # of a chat, where neither the request nor the model's context sets a limit
 
@@ -134,6 +134,8 @@ class HostedModel:
             Problem: the role is none of the interface, nor named in the template, which might leave such messages out.
         """
         role, named = message.get("role"), str(self.tokenizer.chat_template)
+        if role == "function":  # of an older interface; templates that know only the newer one leave it out in silence
+            raise Problem(400, "role 'function' is not supported: give results with role 'tool'", "messages")
         if not isinstance(role, str) or role in ROLES or (role and role in named):
             return message
         if role == "developer":

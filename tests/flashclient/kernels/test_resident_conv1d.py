@@ -40,6 +40,19 @@ def test_product_is_the_formula(dtype: torch.dtype, inputs: int, outputs: int, r
 
 
 @pytest.mark.parametrize("dtype", ROWS_TOGETHER)
+def test_rows_do_not_depend_on_threads(dtype: torch.dtype) -> None:
+    layer, before = made(768, 2304, dtype), torch.get_num_threads()
+    x = torch.randn(11, 768).to(dtype)
+    try:
+        torch.set_num_threads(1)
+        alone = layer(x)
+        torch.set_num_threads(4)
+        assert torch.equal(layer(x), alone)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", ROWS_TOGETHER)
 def test_rows_of_real_sizes_do_not_depend_on_others(dtype: torch.dtype) -> None:
     for inputs, outputs in ((768, 2304), (1280, 1280)):
         layer = made(inputs, outputs, dtype)

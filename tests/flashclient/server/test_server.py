@@ -326,6 +326,7 @@ def test_requests_at_once_do_not_change_each_other(asking: openai.OpenAI, alone:
             "a part of a message has no text",
         ),
         ({"messages": [{"role": "assistant", "function_call": {"name": "f"}}]}, "function_call is not supported"),
+        ({"messages": [*HI, {"role": "function", "name": "f", "content": "1"}]}, "give results with role 'tool'"),
         ({"max_tokens": True}, "max_tokens is neither true nor false"),
         ({"extra_body": {"chat_template_kwargs": {"chat_template": "x"}}}, "cannot set chat_template"),
         ({"extra_body": {"repetition_penalty": 1e-40}}, "repetition_penalty: "),

@@ -43,6 +43,25 @@ def test_logits_are_those_of_the_model(given: str, whole: Path, tmp_path: Path) 
         torch.testing.assert_close(client.model(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("folder", ["", "Q4_K_M"])
+def test_parts_in_a_snapshot_of_the_cache(folder: str, whole: Path, tmp_path: Path) -> None:
+    """Of repositories that have a folder for each quantisation, too."""
+    repository = tmp_path / "models--a--b"
+    shutil.copytree(whole, repository / "blobs")
+    snapshot = repository / "snapshots" / "0123"
+    (snapshot / folder).mkdir(parents=True)
+    for number, part in enumerate((FIRST, SECOND, THIRD)):
+        (repository / "blobs" / part).rename(repository / "blobs" / str(number))
+        (snapshot / folder / part).symlink_to(Path("../" * (3 if folder else 2), "blobs", str(number)))
+    assert len(open_checkpoint(snapshot / folder / FIRST).tensors) > 9
+    outside = tmp_path / "outside.gguf"
+    (repository / "blobs" / "1").rename(outside)
+    (snapshot / folder / SECOND).unlink()
+    (snapshot / folder / SECOND).symlink_to(outside)
+    with pytest.raises(CheckpointError, match="is a link out of its folder"):
+        open_checkpoint(snapshot / folder / FIRST)
+
+
 def test_the_name_has_no_number_of_a_part_and_each_part_may_change(whole: Path) -> None:
     assert model_name_for(whole / FIRST) == "m"
     assert [file.name for file in origin_of(whole / FIRST, "keep").files] == [FIRST, SECOND, THIRD]

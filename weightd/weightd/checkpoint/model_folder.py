@@ -17,8 +17,17 @@ from pathlib import Path
 
 from weightd.errors import CheckpointError
 
+REPOSITORY = "models--"  # begins the name of its folder in the cache
 UNFINISHED = "*.incomplete"  # of huggingface_hub
 _SHARED_BLOB = re.compile(r"[0-9a-f]{2}/[0-9a-f]{64}")
+
+
+def _repository_of(root: Path) -> Path | None:
+    """That of Hugging Face's cache in which the folder is a snapshot, or one of its folders."""
+    for folder in root.parents:
+        if folder.name == "snapshots" and (folder == root.parent or folder.parent.name.startswith(REPOSITORY)):
+            return folder.parent
+    return None
 
 
 class ModelFolder:
@@ -30,11 +39,11 @@ class ModelFolder:
         self._roots = [root]
         self._shared_blobs: Path | None = None
         self._downloads = root / ".cache" / "huggingface" / "download"  # of `hf download --local-dir`
-        if root.parent.name == "snapshots":
-            repository = root.parent.parent
+        repository = _repository_of(root)
+        if repository is not None:
             self._downloads = repository / "blobs"
             self._roots.append(self._downloads)  # not resolved: if it is a link, its target is outside
-            if repository.name.startswith("models--"):
+            if repository.name.startswith(REPOSITORY):
                 self._shared_blobs = repository.parent / "blobs"
 
     def has(self, name: str) -> bool:

@@ -20,6 +20,7 @@ from weightd_proto import weightd_pb2
 
 # The kinds of files that an import may read. An edited README does not change the checkpoint.
 SUFFIXES = {".safetensors", ".bin", ".gguf", ".json", ".model", ".txt", ".tiktoken", ".jinja"}
+WEIGHTS = {".safetensors", ".bin", ".gguf"}
 FOLDERS = ("chat_templates", "additional_chat_templates")
 SAMPLES = 32
 SAMPLE_BYTES = 4096
@@ -31,6 +32,12 @@ def origin_of(path: Path, dtype: str, activation: str = "") -> weightd_pb2.Origi
     resolved = path.resolve()
     commit = resolved.name if hub_name_of(resolved) else ""
     return weightd_pb2.Origin(dtype=dtype, files=files, commit=commit, activation=activation)
+
+
+def weights_of(path: Path) -> dict[str, weightd_pb2.File]:
+    """The files of the checkpoint at `path` that may hold weights, by name. Raises OSError."""
+    files = _files(path)
+    return {name: _file(name, file) for name, file in files.items() if path.is_file() or file.suffix in WEIGHTS}
 
 
 def source_text(path: Path) -> str:
