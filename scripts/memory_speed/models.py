@@ -45,6 +45,7 @@ class MeasuredModel:
         write_gguf: writes the same numbers for llama.cpp, to the path that it is given.
         token_bytes: of the weights that a token needs, in each mode of the client that is measured.
         is_large: whether it has a billion parameters, of which a token need not use all.
+        in_transformers: whether transformers is measured. It does not read GGUF files of all architectures.
     """
 
     name: str
@@ -54,6 +55,7 @@ class MeasuredModel:
     token_bytes: Mapping[str, int]
     vocabulary: int
     is_large: bool = True
+    in_transformers: bool = True
 
     @property
     def layers(self) -> int:
@@ -138,7 +140,8 @@ def _mixture(name: str, layers: int | None, folder: Path) -> MeasuredModel:
         files.converted()
 
     of_token = {"exact": needed_bytes(files.record, shape.chosen)}
-    return MeasuredModel(name, _title(name, layers, MIXTURES[name].layers), files, write, of_token, shape.vocabulary)
+    title, plain = _title(name, layers, MIXTURES[name].layers), files.gguf != files.checkpoint
+    return MeasuredModel(name, title, files, write, of_token, shape.vocabulary, in_transformers=plain)
 
 
 def _quantised(name: str, layers: int | None, folder: Path) -> MeasuredModel:
@@ -149,8 +152,8 @@ def _quantised(name: str, layers: int | None, folder: Path) -> MeasuredModel:
     def write(path: Path) -> None:
         _link(path, stored.checkpoint)
 
-    of_token = {"exact": needed_bytes(stored.record)}
-    return MeasuredModel(name, _title(name, layers, shape.layers), stored, write, of_token, shape.vocabulary)
+    of_token, title = {"exact": needed_bytes(stored.record)}, _title(name, layers, shape.layers)
+    return MeasuredModel(name, title, stored, write, of_token, shape.vocabulary, in_transformers=False)
 
 
 def _packaged(name: str, folder: Path) -> MeasuredModel:

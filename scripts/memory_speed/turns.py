@@ -141,6 +141,8 @@ def _workers(
         return
     llama = [str(SCRIPTS / "benchmarks" / "llama_worker.py"), str(model.gguf()), str(CONTEXT_TOKENS), str(threads)]
     yield _started(LLAMA, [str(python), *llama])
+    if not model.in_transformers:
+        return
     path, options = model.loaded()
     plain = Model("transformers", path, stored.name, threads, options)
     spins = {"GOMP_SPINCOUNT": GOMP_SPINCOUNT}  # flashclient's setting costs transformers speed where it is alone
