@@ -165,10 +165,9 @@ class Connection:
 
     def _translated(self, error: Any) -> errors.FlashClientError:
         kind = _ERROR_OF_STATUS.get(error.code(), errors.RefusedError)
-        if self._closed and issubclass(kind, errors.DaemonLostError):
-            return self._closed_error()
         if issubclass(kind, errors.DaemonLostError):
-            return kind(f"weightd at {self.address} does not answer: {error.details()}")
+            text = f"weightd at {self.address} does not answer: {error.details()}"
+            return self._closed_error() if self._closed else kind(text)
         return kind(self._text_of(error) or f"weightd at {self.address} refused: {error.code().name.lower()}")
 
     def _text_of(self, error: Any) -> str:

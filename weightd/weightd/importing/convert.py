@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +45,7 @@ from weightd.importing.units import Unit, units_of
 from weightd.importing.writing import ModelWriter, Progress, Step
 from weightd.sizes import format_size
 from weightd.store.device_profile import full_speed_read_bytes
-from weightd.store.origin import origin_of, source_text, weights_of
+from weightd.store.origin import changed_weights, origin_of, source_text
 from weightd.store.staged_folder import space_errors, sync
 from weightd.store.store import FILES_FOLDER, Staging, Store, model_name_for
 from weightd_proto import weightd_pb2
@@ -107,7 +107,7 @@ def import_checkpoint(
     name = name if name is not None else model_name_for(Path(os.path.normpath(path.absolute())))
     with store.begin_import(name, replaces) as staging, space_errors(store.path):
         # First, so that a change during the import counts as a later change.
-        origin, weights = origin_of(path, dtype, activation), weights_of(path)
+        origin = origin_of(path, dtype, activation)
         origin.tables_above_bytes, origin.layout = tables_above_bytes, layout
         origin.resident_dtype = resident_request
         with nullcontext(ask) if ask is not None else child() as asked:
@@ -128,15 +128,14 @@ def import_checkpoint(
             model.record.files.extend(write_files(checkpoint, recipe, files_folder))
             check_runnable(model.record, files_folder, path, asked)
         checksums = _write(model, staging.folder, allow_buffered, progress)
-        _check_unchanged(path, weights, weights_of(path))
+        _check_unchanged(path, origin)
         staging.publish(model.record, *checksums)
     return model.record
 
 
-def _check_unchanged(path: Path, before: Mapping[str, weightd_pb2.File], after: Mapping[str, weightd_pb2.File]) -> None:
+def _check_unchanged(path: Path, origin: weightd_pb2.Origin) -> None:
     """Raises CheckpointError for weights that were written while they were read: the model may be half of each."""
-    changed = [name for name, file in before.items() if after.get(name) != file]
-    if changed:
+    if changed := changed_weights(path, origin):
         text = f"{path} changed during the import, first {changed[0]}: import it again when nobody writes to it"
         raise CheckpointError(text)
 

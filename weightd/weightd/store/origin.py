@@ -34,10 +34,13 @@ def origin_of(path: Path, dtype: str, activation: str = "") -> weightd_pb2.Origi
     return weightd_pb2.Origin(dtype=dtype, files=files, commit=commit, activation=activation)
 
 
-def weights_of(path: Path) -> dict[str, weightd_pb2.File]:
-    """The files of the checkpoint at `path` that may hold weights, by name. Raises OSError."""
-    files = _files(path)
-    return {name: _file(name, file) for name, file in files.items() if path.is_file() or file.suffix in WEIGHTS}
+def changed_weights(path: Path, origin: weightd_pb2.Origin) -> list[str]:
+    """The names of the files that may hold weights and are no longer as `origin` says. Raises OSError."""
+    whole = path.is_file()
+    files = [_file(name, file) for name, file in _files(path).items() if whole or file.suffix in WEIGHTS]
+    now = {file.name: file for file in files}
+    weights = [file for file in origin.files if whole or Path(file.name).suffix in WEIGHTS]
+    return [file.name for file in weights if now.get(file.name) != file]
 
 
 def source_text(path: Path) -> str:
