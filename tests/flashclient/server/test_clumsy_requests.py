@@ -97,6 +97,6 @@ def test_nulls_are_as_good_as_left_out_at_every_depth(address: str, more: dict[s
 
 
 def test_roles_of_the_interface_are_answered(address: str) -> None:
-    for role in ("system", "developer", "user", "assistant", "function"):
+    for role in ("system", "developer", "user", "assistant"):
         status, answer = asked(address, CHATS, {"messages": [{"role": role, "content": "Be", "name": "f"}, *HI]})
         assert status == 200, answer
