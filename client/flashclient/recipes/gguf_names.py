@@ -7,6 +7,7 @@ module: Conv1D is transposed, and experts that share one tensor are divided into
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from flashclient.errors import ModelError
-from flashclient.tensors.places import Interleaved, Piece, Place, Shape, join, tensors_of
+from flashclient.tensors.places import Interleaved, Piece, Place, Shape, join, stack, tensors_of
 
 EXPERTS = re.compile(r"(?:.*\.)?layers\.(\d+)\.(?:.+\.)?experts\.(gate_up_proj|down_proj)(_bias)?")
 SCORE_BIAS = re.compile(r"(?:.*\.)?layers\.(\d+)\.(?:.+\.)?e_score_correction_bias")
@@ -37,10 +38,9 @@ def gguf_places(model: PreTrainedModel, architecture: str, shapes: Mapping[str, 
     modules = dict(model.named_modules())
     places: dict[str, Place] = {}
     for name in model.state_dict():
-        names = _names_in_file(name, name_of, shapes)
-        if not names:
+        parts = _parts_in_file(name, name_of, shapes)
+        if not parts:
             continue  # tied, or missing: find_tensors() decides
-        parts = [Piece.whole(found, shapes[found]) for found in names]
         module = name.rpartition(".")[0]
         if EXPERTS.fullmatch(name):
             places[name] = _experts(parts, modules[module])
@@ -54,7 +54,7 @@ def gguf_places(model: PreTrainedModel, architecture: str, shapes: Mapping[str, 
     return places | {name: Piece.whole(name, shape) for name, shape in shapes.items() if name not in used}
 
 
-def _experts(parts: Sequence[Piece], module: nn.Module) -> Place:
+def _experts(parts: Sequence[Place], module: nn.Module) -> Place:
     """As the class has them: rows of gate and up after each other or in turn, matrices as they are or transposed."""
     rows = 1
     transposed = getattr(module, "is_transposed", False) and len(parts[0].shape) == 3
@@ -83,15 +83,27 @@ def _names(architecture: str, layers: int) -> Callable[[str], str | None]:
     return name_of
 
 
-def _names_in_file(name: str, name_of: Callable[[str], str | None], shapes: Mapping[str, Shape]) -> list[str]:
-    """The tensors of the file that make up a tensor of the model."""
-    candidates = [[found] for found in _candidates(name, name_of)]
+def _parts_in_file(name: str, name_of: Callable[[str], str | None], shapes: Mapping[str, Shape]) -> list[Place]:
+    """What of the file makes up a tensor of the model, part by part."""
+    found = next((found for found in _candidates(name, name_of) if found in shapes), None)
+    if found is not None:
+        return [Piece.whole(found, shapes[found])]
     experts = EXPERTS.fullmatch(name)
-    if experts is not None:
-        parts = ("gate", "up") if experts[2] == "gate_up_proj" else ("down",)
-        kind = "bias" if experts[3] else "weight"
-        candidates.append([f"blk.{experts[1]}.ffn_{part}_exps.{kind}" for part in parts])
-    return next((found for found in candidates if all(one in shapes for one in found)), [])
+    if experts is None:
+        return []
+    parts = ("gate", "up") if experts[2] == "gate_up_proj" else ("down",)
+    places = [_of_experts(f"blk.{experts[1]}.ffn_{part}", "bias" if experts[3] else "weight", shapes) for part in parts]
+    return [place for place in places if place is not None] if all(places) else []
+
+
+def _of_experts(module: str, kind: str, shapes: Mapping[str, Shape]) -> Place | None:
+    """One tensor for all experts, or one for each, as files of before April 2024 have them."""
+    whole = f"{module}_exps.{kind}"
+    if whole in shapes:
+        return Piece.whole(whole, shapes[whole])
+    named = (f"{module}.{expert}.{kind}" for expert in itertools.count())
+    apart = [Piece.whole(one, shapes[one]) for one in itertools.takewhile(shapes.__contains__, named)]
+    return stack(apart, 0) if apart else None
 
 
 def _candidates(name: str, name_of: Callable[[str], str | None]) -> Iterator[str]:
@@ -127,7 +139,7 @@ def _falcon(config: Any) -> tuple[int, tuple[int, ...]]:
 FUSED: dict[str, Callable[[Any], tuple[int, tuple[int, ...]]]] = {"bloom": _bloom, "falcon": _falcon}
 
 
-def _by_group(place: Piece, groups: int, rows: Sequence[int]) -> Place:
+def _by_group(place: Place, groups: int, rows: Sequence[int]) -> Place:
     begins = [groups * sum(rows[:part]) for part in range(len(rows))]
     pieces = [
         place.sliced(0, begin, begin + count)

@@ -62,6 +62,33 @@ def test_parts_in_a_snapshot_of_the_cache(folder: str, whole: Path, tmp_path: Pa
         open_checkpoint(snapshot / folder / FIRST)
 
 
+SUM = "ab" * 31  # and two digits
+
+
+@pytest.mark.parametrize("given", ["", FIRST])
+def test_a_copy_of_a_snapshot_whose_links_lead_into_the_cache(given: str, whole: Path, tmp_path: Path) -> None:
+    blobs, copy = tmp_path / "hub" / "models--a--b" / "blobs", tmp_path / "copy"
+    shutil.copytree(whole, blobs)
+    copy.mkdir()
+    for number, part in enumerate((FIRST, SECOND, THIRD)):
+        (blobs / part).rename(blobs / f"{SUM}0{number}")
+        (copy / part).symlink_to(blobs / f"{SUM}0{number}")
+    assert len(open_checkpoint(copy / given).tensors) > 18
+    (copy / SECOND).unlink()
+    (blobs / f"{SUM}01").rename(blobs / "secret")  # a name that is no checksum of what the file holds
+    (copy / SECOND).symlink_to(blobs / "secret")
+    with pytest.raises(CheckpointError, match="is a link out of its folder"):
+        open_checkpoint(copy)
+
+
+def test_a_first_part_that_is_named_may_be_a_link_to_where_the_others_lie(whole: Path, tmp_path: Path) -> None:
+    for part in (FIRST, SECOND, THIRD):
+        (tmp_path / part).symlink_to(whole / part)
+    assert len(open_checkpoint(tmp_path / FIRST).tensors) > 18
+    with pytest.raises(CheckpointError, match=f"{FIRST} is a link out of its folder"):
+        open_checkpoint(tmp_path)  # nobody has named it
+
+
 def test_the_name_has_no_number_of_a_part_and_each_part_may_change(whole: Path) -> None:
     assert model_name_for(whole / FIRST) == "m"
     assert [file.name for file in origin_of(whole / FIRST, "keep").files] == [FIRST, SECOND, THIRD]

@@ -13,20 +13,24 @@ from weightd.checkpoint.gguf_config import VECTORS, GgufConfig
 from weightd.checkpoint.gguf_file import GgufFile, read_gguf
 from weightd.checkpoint.gguf_files import check_keys, check_packages, write_files
 from weightd.checkpoint.gguf_keys import GgufKeys
+from weightd.checkpoint.model_folder import ModelFolder
 from weightd.errors import CheckpointError
 from weightd_proto.encodings import plain
 
 VECTOR_ELEMENTS_MAX = 65536
 
 
-def open_gguf(path: Path) -> Checkpoint:
-    """The checkpoint in a GGUF file. Its configuration comes from the header (gguf_config.py), its tokenizer from
-    transformers' conversion (gguf_tokenizer.py). Its tensors keep their names."""
+def open_gguf(path: Path, folder: ModelFolder | None = None) -> Checkpoint:
+    """The checkpoint in a GGUF file, which the user has named, or which lies in `folder`.
+
+    Its configuration comes from the header (gguf_config.py), its tokenizer from transformers' conversion
+    (gguf_tokenizer.py). Its tensors keep their names.
+    """
     check_packages(path)
-    file = read_gguf(path)
+    file = read_gguf(path, folder)
     check_keys(file)
     keys = GgufKeys(file)
-    architecture = architecture_of(file.architecture, keys.value("expert_count") or 0)
+    architecture = architecture_of(file.architecture, lambda key: bool(keys.value(key)))
     if not file.tensors:
         raise CheckpointError(f"{path} holds no tensors, only a vocabulary: give the file of the model itself")
     vectors = {name: _small_vector(file, name) for name in VECTORS if name in file.tensors} if architecture.rope else {}

@@ -7,7 +7,7 @@ The names of tensors are not here: gguf's own table maps them (flashclient.recip
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -39,7 +39,10 @@ class Architecture:
         rope: whether positions are rotary, partial: whether only a part of each head is rotated.
         head_dim: whether heads may be wider or narrower than their share of the hidden size.
         windows: how the field of the sliding window is used: `layers` of some layers, `all`; empty: no window.
+        local_theta: the base of the rotary embedding of layers with a window, which is not scaled, where the header has
+            none; 0: that of the other layers; None: these layers have none of their own.
         caps: fields of softcaps, by key.
+        scales: fields of factors, by key.
         permuted: the rows of Q and K are in the order of llama.cpp's rotary embedding.
         norms_plus_one: one was added to the weights of norms.
     """
@@ -54,7 +57,9 @@ class Architecture:
     partial: bool = False
     head_dim: bool = False
     windows: str = ""
+    local_theta: float | None = None
     caps: Mapping[str, str] = field(default_factory=dict)
+    scales: Mapping[str, str] = field(default_factory=dict)
     permuted: bool = False
     norms_plus_one: bool = False
 
@@ -75,23 +80,26 @@ _GPT2 = {
 }
 
 ARCHITECTURES: dict[str, Architecture] = {
+    "arcee": Architecture("arcee", "ArceeForCausalLM", head_dim=True, constants={"hidden_act": "relu2"}, permuted=True),
     "bloom": Architecture(
         "bloom", "BloomForCausalLM", norm=(LAYER_NORM, "layer_norm_epsilon"), rope=False,
         names={"num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "num_key_value_heads": None,
                "intermediate_size": None, "max_position_embeddings": None},
     ),
+    "ernie4_5": Architecture("ernie4_5", "Ernie4_5ForCausalLM", head_dim=True, constants=_SILU),
     "falcon": Architecture(
         "falcon", "FalconForCausalLM", norm=(LAYER_NORM, "layer_norm_epsilon"),
         names={"intermediate_size": "ffn_hidden_size", "num_key_value_heads": "num_kv_heads"},
         constants={"bias": False, "alibi": False, "parallel_attn": True},
     ),
+    "gemma": Architecture("gemma", "GemmaForCausalLM", head_dim=True, constants=_GELU, norms_plus_one=True),
     "gemma2": Architecture(
         "gemma2", "Gemma2ForCausalLM", head_dim=True, windows="layers", constants=_GELU, norms_plus_one=True,
         caps={**_FINAL_CAP, "attn_logit_softcapping": "attn_logit_softcapping"},
     ),
     "gemma3": Architecture(
-        "gemma3_text", "Gemma3ForCausalLM", head_dim=True, windows="layers", constants=_GELU, norms_plus_one=True,
-        caps=_FINAL_CAP,
+        "gemma3_text", "Gemma3ForCausalLM", head_dim=True, windows="layers", local_theta=1e4, constants=_GELU,
+        norms_plus_one=True, caps=_FINAL_CAP,
     ),
     "gpt2": Architecture("gpt2", "GPT2LMHeadModel", names=_GPT2, norm=(LAYER_NORM, "layer_norm_epsilon"), rope=False),
     "gpt-oss": Architecture(
@@ -99,6 +107,11 @@ ARCHITECTURES: dict[str, Architecture] = {
         names={"intermediate_size": None},
         sizes={"intermediate_size": "expert_feed_forward_length", "num_local_experts": "expert_count",
                "num_experts_per_tok": "expert_used_count"},
+    ),
+    "granite": Architecture(
+        "granite", "GraniteForCausalLM", constants=_SILU, permuted=True,
+        scales={"embedding_multiplier": "embedding_scale", "attention_multiplier": "attention.scale",
+                "residual_multiplier": "residual_scale", "logits_scaling": "logit_scale"},
     ),
     "lfm2": Architecture(
         "lfm2", "Lfm2ForCausalLM", norm=(RMS_NORM, "norm_eps"), sizes={"conv_L_cache": "shortconv.l_cache"},
@@ -118,6 +131,12 @@ ARCHITECTURES: dict[str, Architecture] = {
         "nemotron", "NemotronForCausalLM", norm=(LAYER_NORM, "norm_eps"), head_dim=True, partial=True,
         constants={"hidden_act": "relu2"}, norms_plus_one=True,
     ),
+    "olmoe": Architecture(
+        "olmoe", "OlmoeForCausalLM", sizes=_EXPERTS, constants=_SILU | {"norm_topk_prob": False}
+    ),
+    "olmo2": Architecture("olmo2", "Olmo2ForCausalLM", constants=_SILU),
+    # olmo2 files with sliding windows
+    "olmo3": Architecture("olmo3", "Olmo3ForCausalLM", windows="layers", local_theta=0.0, constants=_SILU),
     "phi3": Architecture("phi3", "Phi3ForCausalLM", partial=True, windows="all", constants=_SILU),
     "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", head_dim=True, constants=_SILU),
     "qwen2moe": Architecture(
@@ -127,23 +146,29 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3moe": Architecture(
         "qwen3_moe", "Qwen3MoeForCausalLM", head_dim=True, sizes=_MOE, constants=_SILU | {"norm_topk_prob": True}
     ),
+    "seed_oss": Architecture("seed_oss", "SeedOssForCausalLM", head_dim=True, constants=_SILU),
+    "smollm3": Architecture("smollm3", "SmolLM3ForCausalLM", constants=_SILU, permuted=True),
     "stablelm": Architecture(
         "stablelm", "StableLmForCausalLM", norm=(LAYER_NORM, "layer_norm_eps"), partial=True, constants=_SILU
     ),
     "starcoder2": Architecture("starcoder2", "Starcoder2ForCausalLM", norm=(LAYER_NORM, "norm_epsilon"), windows="all"),
 }  # fmt: skip
-MIXTURES = {"llama": "mixtral"}  # architectures that another class runs where they have experts
+# Architectures that another class runs where they have this key: files with experts, and with sliding windows.
+VARIANTS = {"llama": ("expert_count", "mixtral"), "olmo2": ("attention.sliding_window", "olmo3")}
 
 
-def architecture_of(name: str, experts: int) -> Architecture:
-    """CheckpointError for an unknown one lists the known ones."""
-    if name not in ARCHITECTURES or name in MIXTURES.values():
-        known = ", ".join(sorted(ARCHITECTURES.keys() - MIXTURES.values()))
+def architecture_of(name: str, has: Callable[[str], bool]) -> Architecture:
+    """`has`: whether the header has a number other than 0 for a key. CheckpointError for an unknown one lists the
+    known ones."""
+    variants = {variant for _, variant in VARIANTS.values()}
+    if name not in ARCHITECTURES or name in variants:
+        known = ", ".join(sorted(ARCHITECTURES.keys() - variants))
         raise CheckpointError(
             f"unknown GGUF architecture {name!r}: known are {known}; models of others are imported from their Hugging "
             "Face folder"
         )
-    return ARCHITECTURES[MIXTURES.get(name, name) if experts else name]
+    key, variant = VARIANTS.get(name, ("", name))
+    return ARCHITECTURES[variant if key and has(key) else name]
 
 
 # A dimension of one element that the converter has left out, by the tensor's name.

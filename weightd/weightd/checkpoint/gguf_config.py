@@ -23,7 +23,7 @@ Vector = npt.NDArray[np.float32]
 
 LAYERS_27B = {"gemma2": 46, "gemma3_text": 62}  # by which llama.cpp knows the models of 27 B
 # Every so many layers, one has full attention, the others a sliding window.
-PERIODS = {"gemma2": 2, "gemma3_text": 6, "gpt_oss": 2}
+PERIODS = {"gemma2": 2, "gemma3_text": 6, "gpt_oss": 2, "olmo3": 4}
 # Divisors of the rotary frequencies: for all lengths, or for long and short contexts.
 FREQUENCIES = "rope_freqs.weight"
 LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
@@ -67,6 +67,7 @@ class GgufConfig:
         if architecture.rope:
             config["rope_parameters"] = rope
         config |= {name: keys.optional(key) for name, key in architecture.caps.items()}
+        config |= {name: keys.positive(key) for name, key in architecture.scales.items()}
         self._add_windows(config, sizes, head_size)
         self._add_by_tensors(config, sizes)
         mixture = "expert_count" in architecture.sizes.values()
@@ -139,7 +140,7 @@ class GgufConfig:
             return any(name.startswith("blk.") and name.endswith(ends) for name in self._file.tensors)
 
         match self._architecture.model_type:
-            case "llama":
+            case "llama" | "granite" | "arcee" | "smollm3":
                 config["attention_bias"] = has("attn_q.bias")
                 config["mlp_bias"] = has("ffn_up.bias")
             case "falcon":
@@ -153,6 +154,9 @@ class GgufConfig:
                 parallel = self._keys.value("use_parallel_residual")
                 if parallel is not None and parallel is not config["use_parallel_residual"]:
                     self._keys.refuse("use_parallel_residual", parallel, "which its norms contradict")
+            case "seed_oss":
+                config["attention_bias"] = has("attn_q.bias")
+                config["attention_out_bias"], config["mlp_bias"] = has("attn_output.bias"), has("ffn_up.bias")
             case "phi3":
                 original = config["rope_parameters"].get("original_max_position_embeddings")
                 config["original_max_position_embeddings"] = original or sizes["max_position_embeddings"]
@@ -194,6 +198,8 @@ class GgufConfig:
         config["query_pre_attn_scalar"] = scalar if scale is None else round(scale**-2)
 
     def _require_scale(self, scale: float | None, head_size: int) -> None:
+        if "attention.scale" in self._architecture.scales.values():
+            return
         if scale is not None and not math.isclose(scale, head_size**-0.5, rel_tol=1e-5):
             self._keys.refuse("attention.scale", scale, f"and only {head_size**-0.5:.6g} can be run")
 
@@ -212,8 +218,8 @@ class GgufConfig:
     # Rotary embedding
 
     def _rope(self, head_size: int) -> dict[str, Any]:
-        local = self._architecture.model_type == "gemma3_text"
-        default = None if local else 10000.0  # llama.cpp and transformers differ for gemma3
+        local = self._architecture.local_theta
+        default = 10000.0 if not local else None  # llama.cpp and transformers differ for gemma3
         rotated = self._keys.size("rope.dimension_count", head_size)
         scaled: dict[str, Any] = {"rope_theta": self._keys.positive("rope.freq_base", default)}
         if rotated != head_size:
@@ -224,9 +230,9 @@ class GgufConfig:
         elif self._architecture.partial:
             scaled["partial_rotary_factor"] = 1.0
         scaled |= self._scaling(rotated)
-        if not local:
+        if local is None:
             return scaled
-        theta = self._keys.positive("rope.freq_base_swa", 10000.0)
+        theta = self._keys.positive("rope.freq_base_swa", local or scaled["rope_theta"])
         return {"full_attention": scaled, "sliding_attention": {"rope_type": "default", "rope_theta": theta}}
 
     def _scaling(self, rotated: int) -> dict[str, Any]:
@@ -239,7 +245,7 @@ class GgufConfig:
             return self._long(rotated, kind, factor, attention)
         if FREQUENCIES in self._vectors:
             if self._architecture.windows == "layers":
-                raise CheckpointError(f"{self._file.path} holds {FREQUENCIES}, which gemma models do not have")
+                raise CheckpointError(f"{self._file.path} holds {FREQUENCIES}, which models with windows do not have")
             return self._divided(rotated, kind if factor != 1.0 else "none", attention)
         if kind == "yarn":
             return self._yarn(factor, attention)

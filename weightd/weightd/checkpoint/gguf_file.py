@@ -61,8 +61,10 @@ class GgufFile:
         return str(value.content)
 
 
-def read_gguf(path: Path) -> GgufFile:
+def read_gguf(path: Path, folder: ModelFolder | None = None) -> GgufFile:
     """Reads the header, and those of the other parts if the file is the first part of a split one.
+
+    `folder`: has the parts; None: the user has named the file, and they may lie where it does.
 
     CheckpointError if a file is incomplete, is not GGUF, or is not the part that its name says.
     """
@@ -79,7 +81,7 @@ def read_gguf(path: Path) -> GgufFile:
     if path.name != names[0]:
         raise CheckpointError(f"{path} is one of {parts} parts: give the first, {names[0]}")
     _check_part(first, 0, parts)
-    folder, tensors = ModelFolder(path.parent), dict(first.tensors)
+    folder, tensors = folder or ModelFolder(path.parent, named=path), dict(first.tensors)
     missing = [name for name in names if not folder.has(name)]
     if missing:
         raise CheckpointError(

@@ -56,6 +56,8 @@ SPLITS = {
 # For these, llama.cpp begins every text with the BOS token unless the file says otherwise.
 PRE_WITH_BOS = {"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken"}
 PREFIX_SPACE = "\u2581"
+# Architectures whose header transformers does not read. Its conversion of the vocabulary is that of others.
+WITHOUT_CLASS = {"arcee", "ernie4_5", "gemma", "granite", "olmo2", "olmoe", "seed_oss", "smollm3"}
 
 
 class _Parts(Sequence[Any]):
@@ -100,12 +102,13 @@ def write_tokenizer(path: Path, folder: Path) -> None:
     kind = _string(file, "ggml.model")
     _check_split(file, kind, pre)
     with _alone(path) as where:
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+        reads: Any = PreTrainedTokenizerFast if file.architecture in WITHOUT_CLASS else AutoTokenizer
         # transformers imports GGUFReader when it reads. If it stops doing so, the result is the same, only slower.
         with mock.patch("gguf.GGUFReader", LeanReader):
             try:
-                tokenizer: Any = AutoTokenizer.from_pretrained(where, gguf_file=path.name, trust_remote_code=False)
+                tokenizer = reads.from_pretrained(where, gguf_file=path.name, trust_remote_code=False)
             except Exception as error:  # the library may raise anything for a malformed file
                 reason = " ".join(str(error).split()) or type(error).__name__  # it may have several lines
                 raise CheckpointError(f"transformers cannot convert the tokenizer of {path}: {reason}") from error

@@ -3,8 +3,9 @@
 A folder may come from a stranger, and what is copied from it is served to every client. So a name that leads out of the
 folder is refused, whether by `..` or by a link, of the file or of a folder on its path. The links of Hugging Face's
 cache are the exception: from models--ORG--NAME/snapshots/REVISION/NAME to ../../blobs/SUM, and from there, since
-huggingface_hub 2, to blobs/XX/SUM of the cache, which its models share. Pipes and devices, which could block a reader,
-are refused too.
+huggingface_hub 2, to blobs/XX/SUM of the cache, which its models share. Links to models--ORG--NAME/blobs/SUM are
+followed from copies of a snapshot, too: who knows the checksum of a file knows the file. Pipes and devices, which could
+block a reader, are refused.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from weightd.errors import CheckpointError
 REPOSITORY = "models--"  # begins the name of its folder in the cache
 UNFINISHED = "*.incomplete"  # of huggingface_hub
 _SHARED_BLOB = re.compile(r"[0-9a-f]{2}/[0-9a-f]{64}")
+_BLOB = re.compile(rf".*/{REPOSITORY}[^/]+/blobs/([0-9a-f]{{40}}|[0-9a-f]{{64}})", re.DOTALL)
 
 
 def _repository_of(root: Path) -> Path | None:
@@ -31,12 +33,16 @@ def _repository_of(root: Path) -> Path | None:
 
 
 class ModelFolder:
-    """A checkpoint's folder. It may itself be a link, because the user has named it."""
+    """A checkpoint's folder. It may itself be a link, because the user has named it.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        named: a file in it that the user has named. It may be a link, and other files may lie where it lies.
+    """
+
+    def __init__(self, path: Path, named: Path | None = None) -> None:
         self.path = path
         root = path.resolve()
-        self._roots = [root]
+        self._roots = [root] if named is None else [root, named.resolve().parent]
         self._shared_blobs: Path | None = None
         self._downloads = root / ".cache" / "huggingface" / "download"  # of `hf download --local-dir`
         repository = _repository_of(root)
@@ -59,16 +65,17 @@ class ModelFolder:
         except OSError as error:
             reason = f"a link to nothing ({path.readlink()})" if path.is_symlink() else (error.strerror or "").lower()
             raise CheckpointError(f"{path} cannot be read: {reason}; the download may be incomplete") from error
-        if not any(resolved.is_relative_to(root) for root in self._roots) and not self._is_shared_blob(resolved):
+        if not any(resolved.is_relative_to(root) for root in self._roots) and not self._is_blob(resolved):
             raise CheckpointError(f"{path} is a link out of its folder, to {resolved}: put a copy in its place")
         if not stat.S_ISREG(mode):
             raise CheckpointError(f"{path} is not a regular file: {stat.filemode(mode)}")
         return resolved
 
-    def _is_shared_blob(self, path: Path) -> bool:
+    def _is_blob(self, path: Path) -> bool:
+        """Whether the file is named by the checksum of what it holds, in a cache of the hub."""
         shared = self._shared_blobs
         if shared is None or not path.is_relative_to(shared):
-            return False
+            return _BLOB.fullmatch(str(path)) is not None
         return _SHARED_BLOB.fullmatch(str(path.relative_to(shared))) is not None
 
     def unfinished(self) -> int:

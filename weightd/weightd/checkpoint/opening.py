@@ -25,7 +25,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if not path.is_dir():
         raise CheckpointError(f"{path} is neither a file nor a folder: give a Hugging Face folder or a .gguf file")
     gguf = gguf_at(path)
-    return open_folder(path) if gguf is None else open_gguf(gguf)
+    return open_folder(path) if gguf is None else open_gguf(gguf, ModelFolder(path))
 
 
 def gguf_at(path: Path) -> Path | None:
