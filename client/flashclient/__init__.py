@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,8 @@ from flashclient.garbage import garbage_kept
 # imported. A user's own setting stands.
 if "OMP_WAIT_POLICY" not in os.environ and "GOMP_SPINCOUNT" not in os.environ:
     if "torch" in sys.modules:
+        import logging  # not otherwise: a command's first lines should run soon
+
         logging.getLogger(__name__).warning(
             "torch was imported before flashclient, so its idle threads spin and slow down decoding several times: "
             "import flashclient first, or set GOMP_SPINCOUNT=0"

@@ -1,10 +1,20 @@
-"""`python -m flashclient`, the same as the command."""
+"""The command `flashclient`, also as `python -m flashclient`."""
 
 import sys
 
-if not sys.flags.safe_path:  # Python puts the current folder first, and files in it must not replace modules
+if __name__ == "__main__" and not sys.flags.safe_path:  # -m puts the current folder first in sys.path
     del sys.path[0]
 
-from flashclient.cli import main
+from flashclient.interrupts import end_quietly
 
-sys.exit(main())
+
+def main() -> int:
+    """Runs the command; returns its exit status."""
+    end_quietly()  # before the imports, which take a while
+    from flashclient.cli import main
+
+    return main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -20,6 +20,7 @@ from flashclient.commands.completion import add_completion
 from flashclient.commands.keywords import in_flags
 from flashclient.commands.slips import UNRECOGNIZED, no_command, told
 from flashclient.errors import FlashClientError, OptionError
+from flashclient.interrupts import STATUS, raise_again
 from flashclient.standard_streams import complain
 
 # They take seconds to import: a usage error or --help should not wait for them.
@@ -85,13 +86,14 @@ def _main(arguments: list[str] | None) -> int:
     try:
         options = _parsed(arguments)
         _check_packages()
+        raise_again()
         with _own_warnings_in_one_line():
             status: int = options.run(options)
     except FlashClientError as error:
         complain("flashclient", in_flags(str(error)))
         return error.exit_status
     except KeyboardInterrupt:
-        return 130
+        return STATUS
     return status
 
 

@@ -36,6 +36,7 @@ TABLE = {
     "flashclient": """
     errors:
     garbage:
+    interrupts:
     memory_limits:
     standard_streams:
     torch_state:
@@ -52,15 +53,17 @@ TABLE = {
     options: errors daemon
     client: errors standard_streams torch_state turns daemon source model generation options
     server: errors generation batching client
-    commands: errors garbage standard_streams torch_state daemon generation batching calibration options client server
-    cli: errors standard_streams commands
-    __main__: cli
+    commands: errors garbage interrupts standard_streams torch_state daemon generation batching calibration options client \
+        server
+    cli: errors interrupts standard_streams commands
+    __main__: interrupts cli
     __init__: garbage client
     """,
 }
 # The modules of the client that weightd may import: code that both need, and the client that `weightd top` is.
 CLIENT_IN_WEIGHTD = {
-    "cli": {"commands", "daemon", "errors", "standard_streams"},
+    "__main__": {"interrupts"},
+    "cli": {"commands", "daemon", "errors", "interrupts", "standard_streams"},
     "flags": {"commands"},
     "gateway": {"standard_streams"},
     "machine": {"memory_limits", "standard_streams"},

@@ -1,11 +1,20 @@
-"""`python -m weightd`: the command weightd."""
+"""The command `weightd`, also as `python -m weightd`."""
 
 import sys
 
 if __name__ == "__main__" and not sys.flags.safe_path:  # -m puts the current folder first in sys.path
     del sys.path[0]
 
-from weightd.cli import main
+from flashclient.interrupts import end_quietly
+
+
+def main() -> int:
+    """Runs the command; returns its exit status."""
+    end_quietly()  # before the imports, which take a while
+    from weightd.cli import main
+
+    return main()
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -33,6 +33,7 @@ from typing import Any, TextIO
 from flashclient import standard_streams
 from flashclient.commands.completion import SHELLS, completion
 from flashclient.commands.slips import no_command
+from flashclient.interrupts import raise_again
 from flashclient.standard_streams import complain, say
 from weightd.errors import DaemonError, UsageError, WeightdError
 from weightd.flags import FlagParser
@@ -103,7 +104,9 @@ def _run(arguments: list[str]) -> int:
         case ["help", *command]:
             return _run([*command, "--help"])
         case [command, *rest] if command in MAINS:
-            return int(import_module(MAINS[command]).main(rest))
+            module = import_module(MAINS[command])
+            raise_again()
+            return int(module.main(rest))
         case []:
             return _run(["serve"])
         case [flag, *_] if flag.startswith("-") and flag not in ("-h", "--help"):
@@ -112,6 +115,7 @@ def _run(arguments: list[str]) -> int:
         raise UsageError(no_command("weightd", arguments[0], COMMANDS))
     options = _parser().parse_args(arguments)
     run: Callable[[argparse.Namespace], None] = options.run
+    raise_again()
     with _ended_as_interrupted():
         run(options)
     return 0

@@ -11,6 +11,7 @@ import logging
 import mmap
 import os
 import secrets
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ States = list[tuple[Tensor, Tensor]]  # keys and values of each layer, [heads, h
 PAGE_BYTES = 1 << 18
 PIECE_PAGES = 32  # that are read or written at once, and have one checksum
 ALIGNMENT_BYTES = 64
+RETRY_S = 600.0  # after which a device that was full is asked for more room again
 NAME = ".flashclient-kept-"  # of a file system that has no nameless files, for the moment before it is unlinked
 
 logger = logging.getLogger("flashclient.server")
@@ -56,7 +58,8 @@ class Pages:
 class KeptFile:
     """Not safe for several threads.
 
-    A device that is full or fails bounds the file to what it holds, with a line in the log; nothing else happens.
+    A device that is full or fails bounds the file to what it holds for RETRY_S; nothing else happens. The log has one
+    line for each kind of fault, because a device that fails does so at each request.
 
     Args:
         bytes_max: of the file.
@@ -68,15 +71,20 @@ class KeptFile:
     def __init__(self, folder: Path, bytes_max: int) -> None:
         self.folder = folder
         self._descriptor = _nameless(folder)
-        self._pages_max = bytes_max // PAGE_BYTES
+        self._pages_asked = self._pages_held = bytes_max // PAGE_BYTES
+        self._full_until_s = 0.0
         self._pages = 0  # of the file
         self._free: list[int] = []  # pages of the file, the least first
         self._piece = np.frombuffer(mmap.mmap(-1, PIECE_PAGES * PAGE_BYTES), np.uint8)
-        self._refused = False
+        self._warned: set[str] = set()
         self.written_bytes = self.read_bytes = self.damaged = 0
 
     def close(self) -> None:
         os.close(self._descriptor)
+
+    @property
+    def _pages_max(self) -> int:
+        return self._pages_held if time.monotonic() < self._full_until_s else self._pages_asked
 
     @property
     def used_bytes(self) -> int:
@@ -113,9 +121,10 @@ class KeptFile:
 
     def read(self, place: Pages) -> States | None:
         """What lies there. None, with a line in the log, where it cannot be read or differs from its checksum."""
-        memory = mmap.mmap(-1, len(place.pages) * PAGE_BYTES)
-        whole, at = np.frombuffer(memory, np.uint8), 0
+        at = 0
         try:
+            memory = mmap.mmap(-1, len(place.pages) * PAGE_BYTES)
+            whole = np.frombuffer(memory, np.uint8)
             for run, expected in zip(_runs(place.pages), place.checksums, strict=True):
                 piece = whole[at : at + len(run) * PAGE_BYTES]
                 _whole(os.preadv, self._descriptor, piece, run[0] * PAGE_BYTES)
@@ -124,8 +133,7 @@ class KeptFile:
                 at += len(piece)
         except OSError as error:
             self.damaged += 1
-            reason = (error.strerror or str(error)).lower()
-            logger.warning("kept keys and values in %s are computed again: %s", self.folder, reason)
+            self._warn_once("kept keys and values are computed again", error)
             return None
         self.read_bytes += len(whole)
         return _states(memory, place)
@@ -143,15 +151,19 @@ class KeptFile:
         return [*taken, *range(first, self._pages)]
 
     def _bound(self, before: int, pages: Sequence[int], written: int, error: OSError) -> None:
-        """Gives back pages of which so many were written, and lets the file grow no more. It had `before` pages."""
-        self._pages = self._pages_max = max(before, *(page + 1 for page in pages[:written]), 0)
+        """Gives back pages of which so many were written, and lets the file grow later. It had `before` pages."""
+        self._pages = self._pages_held = max(before, *(page + 1 for page in pages[:written]), 0)
+        self._full_until_s = time.monotonic() + RETRY_S
         for page in pages:
             if page < self._pages:
                 heappush(self._free, page)
-        if not self._refused:
-            self._refused = True
+        self._warn_once("no more than %d MiB is kept", error, self._pages * PAGE_BYTES >> 20)
+
+    def _warn_once(self, text: str, error: OSError, *values: int) -> None:
+        if text not in self._warned:
+            self._warned.add(text)
             reason = (error.strerror or str(error)).lower()
-            logger.warning("no more than %d MiB is kept in %s: %s", self._pages * PAGE_BYTES >> 20, self.folder, reason)
+            logger.warning(f"%s: {text}: %s", self.folder, *values, reason)
 
 
 def _nameless(folder: Path) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 from flashclient.commands.quick_imports import quick_imports
 from flashclient.errors import OptionError
 from flashclient.garbage import garbage_kept
+from flashclient.interrupts import end_quietly, raise_again
 from flashclient.options import Options
 from flashclient.standard_streams import complain
 from weightd_proto.hub_names import is_hub_name
@@ -31,10 +32,12 @@ def open_client(options: argparse.Namespace, model: str | None = None, **more: A
     if sys.stderr.isatty():
         complain("flashclient", f"loading {model}")  # the next lines take seconds
     with garbage_kept(), _weightd_starting(model, options):
+        end_quietly()
         with quick_imports():
             from transformers import logging as transformers_logging
 
             from flashclient.client import FlashClient
+        raise_again()
 
         logging: Any = transformers_logging
         logging.set_verbosity_error()

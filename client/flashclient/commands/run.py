@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from flashclient.commands import chat
 from flashclient.commands.arguments import add_command
+from flashclient.errors import OptionError
 
 
 def add(commands: Any) -> None:
@@ -23,11 +25,19 @@ def add(commands: Any) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     if options.address is None and options.store is None:
-        options.store = str(default_store(os.environ))
+        try:
+            options.store = str(default_store(os.environ))
+        except RuntimeError as error:
+            raise OptionError("there is no home folder for a store of your own: pass --store, or set HOME") from error
     return chat.run(options)
 
 
-def default_store(environment: Any) -> Path:
-    """A user's own store, in the folder for data of the XDG base directory specification."""
-    data = environment.get("XDG_DATA_HOME", "")
-    return (Path(data) if data.startswith("/") else Path("~/.local/share").expanduser()) / "weightd"
+def default_store(environment: Mapping[str, str]) -> Path:
+    """A user's own store, in the folder for data of the XDG base directory specification. Raises RuntimeError."""
+    return own_folder(environment, "XDG_DATA_HOME", "~/.local/share") / "weightd"
+
+
+def own_folder(environment: Mapping[str, str], variable: str, usual: str) -> Path:
+    """A folder of that specification. Raises RuntimeError where a user has no home, as some in containers have none."""
+    given = environment.get(variable, "")
+    return Path(given) if given.startswith("/") else Path(usual).expanduser()

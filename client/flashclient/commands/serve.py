@@ -8,7 +8,7 @@ import re
 import shutil
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from importlib.util import find_spec
 from itertools import repeat
@@ -18,8 +18,9 @@ from typing import Any
 from flashclient.batching.bounds import CACHE_TOKENS_MAX, KEPT_TOKENS_MAX, SEQUENCES_MAX, WAITING_MAX
 from flashclient.commands.arguments import add_command, add_kv_dtype_flag, add_mode_flag, not_negative, positive, size
 from flashclient.commands.opening import open_client
+from flashclient.commands.run import own_folder
 from flashclient.errors import FlashClientError, OptionError
-from flashclient.standard_streams import say
+from flashclient.standard_streams import complain, say
 
 PORT_DEFAULT = 8080
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -116,7 +117,7 @@ def _adapter(text: str) -> tuple[str, Path]:
 def _run(options: argparse.Namespace) -> int:
     keys = _checked(options)
     with ExitStack() as opened:
-        listening = opened.enter_context(_bound(options))  # first: an import and a model's start may take long
+        listening = opened.enter_context(_listening(options))  # first: an import and a model's start may take long
         _serve(_hosted(options, opened), options, keys, listening)
     return 0
 
@@ -162,9 +163,7 @@ def _check_adapters(adapters: list[tuple[str, Path]]) -> None:
 
 def _hosted(options: argparse.Namespace, opened: ExitStack) -> dict[str, Any]:
     """The models by name, each with a scheduler. They share a weightd and its pool, and take turns."""
-    from flashclient.batching.scheduler import Scheduler
     from flashclient.batching.step_order import StepOrder
-    from flashclient.server.hosted_model import HostedModel
 
     models: dict[str, Any] = {}
     order = StepOrder()
@@ -173,6 +172,10 @@ def _hosted(options: argparse.Namespace, opened: ExitStack) -> dict[str, Any]:
     for asked in options.models:
         more = {"dram": None} if models else {}  # the first has started the weightd
         client = opened.enter_context(open_client(options, asked, mode=options.mode, kv_dtype=options.kv_dtype, **more))
+        # Not before: open_client() imports what these need, sooner and with Ctrl-C in mind.
+        from flashclient.batching.scheduler import Scheduler
+        from flashclient.server.hosted_model import HostedModel
+
         name = client.record.name
         if name in models:
             raise OptionError(f"model '{name}' is given twice: give each once")
@@ -208,6 +211,8 @@ def _kept_files(options: argparse.Namespace, opened: ExitStack) -> Iterator[Any]
     from flashclient.batching.kept_file import KeptFile
 
     folder: Path | None = options.kept_folder
+    if not options.kept_tokens or options.kept_bytes == 0:
+        yield from repeat(None)
     try:
         if folder is None:
             folder = Path(options.store) if options.store is not None else _cache_folder()
@@ -216,19 +221,20 @@ def _kept_files(options: argparse.Namespace, opened: ExitStack) -> Iterator[Any]
         if bytes_max is None:
             bytes_max = min(KEPT_FILE_BYTES, shutil.disk_usage(folder).free // KEPT_FILE_SHARE)
         for _ in options.models:
-            file = KeptFile(folder, bytes_max // len(options.models)) if bytes_max and options.kept_tokens else None
-            if file is not None:
-                opened.callback(file.close)
+            file = KeptFile(folder, bytes_max // len(options.models))
+            opened.callback(file.close)
             yield file
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
+        where = "" if folder is None else f" {folder}"
+        reason = (getattr(error, "strerror", None) or str(error)).rstrip(".").lower()
         if options.kept_folder is not None or options.kept_bytes:
-            reason = (error.strerror or str(error)).lower()
-            raise OptionError(f"--kept-folder {folder}: {reason}: give a folder of a local disk") from error
+            raise OptionError(f"--kept-folder{where}: {reason}: give a folder of a local disk") from error
+        complain("flashclient", f"no file for kept keys and values{where}: {reason}: pass --kept-folder")
     yield from repeat(None)
 
 
 def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flashclient"
+    return own_folder(os.environ, "XDG_CACHE_HOME", "~/.cache") / "flashclient"
 
 
 def _serve(models: dict[str, Any], options: argparse.Namespace, keys: list[str], listening: socket.socket) -> None:
@@ -236,11 +242,9 @@ def _serve(models: dict[str, Any], options: argparse.Namespace, keys: list[str],
 
     from flashclient.server.access import Access
     from flashclient.server.api import make_api
-    from flashclient.server.connections import ENDING_S, STOPPING_S, AnsweringServer, PatientProtocol
+    from flashclient.server.connections import ENDING_S, HEAD_BYTES_MAX, STOPPING_S, AnsweringServer, PatientProtocol
 
     api = make_api(models, Access(keys), options.ui, options.allow_origin)
-    with _named(options):
-        listening.listen(BACKLOG)
     host, port = listening.getsockname()[:2]
     served = ", ".join(f"{name} (mode {model.client.mode})" for name, model in models.items())
     say(f"serving {served} at http://{f'[{host}]' if ':' in host else host}:{port}/v1")
@@ -253,28 +257,27 @@ def _serve(models: dict[str, Any], options: argparse.Namespace, keys: list[str],
         timeout_graceful_shutdown=STOPPING_S + ENDING_S,
         limit_concurrency=CONNECTIONS_MAX,
         http=PatientProtocol,
+        h11_max_incomplete_event_size=HEAD_BYTES_MAX,
         ws="none",
     )
 
     AnsweringServer(config, lambda: [model.scheduler.stop() for model in models.values()]).run(sockets=[listening])
 
 
-def _bound(options: argparse.Namespace) -> socket.socket:
-    """A socket with the address, which does not listen yet. Raises FlashClientError where it cannot be had."""
+def _listening(options: argparse.Namespace) -> socket.socket:
+    """A socket that listens at the address: of sockets that do not, several may have the same.
+
+    Who connects while the model loads waits for it. Raises FlashClientError where the address cannot be had.
+    """
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
-    with ExitStack() as opened, _named(options):
-        bound = opened.enter_context(socket.socket(family, socket.SOCK_STREAM))
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind((options.host, options.port))
-        opened.pop_all()
-    return bound
-
-
-@contextmanager
-def _named(options: argparse.Namespace) -> Iterator[None]:
-    """Turns errors of a socket into FlashClientError, which names the address."""
     try:
-        yield
+        with ExitStack() as opened:
+            made = opened.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            made.bind((options.host, options.port))
+            made.listen(BACKLOG)
+            opened.pop_all()
+            return made
     except (OSError, UnicodeError) as error:
         reason = (getattr(error, "strerror", None) or str(error)).lower()
         raise FlashClientError(f"cannot listen at {options.host}:{options.port}: {reason}") from error

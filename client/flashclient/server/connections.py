@@ -7,9 +7,11 @@ import json
 import logging
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http import HTTPStatus
 from types import FrameType
 from typing import Any
 
@@ -20,6 +22,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol  # whatever else is inst
 from flashclient.server.problems import Problem
 
 REQUEST_S = 30.0  # within which the head of a request must have come; a server has a bounded number of connections
+TOO_LARGE = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+HEAD_BYTES_MAX = 64 << 10  # of a request
 STOPPING_S = 5  # for answers under way, when the server is told to stop once
 POLL_S = 0.05  # how often it then looks whether it was told twice
 ENDING_S = 3  # for telling the clients of those that take longer
@@ -75,9 +79,14 @@ class PatientProtocol(H11Protocol):
     def send_400_response(self, msg: str) -> None:
         """Other bytes than a request of HTTP, or one that contradicts itself. Told in the shape of all errors."""
         message = "these bytes are no valid HTTP request; the server reads HTTP, not HTTPS, which is a proxy's work"
-        body = json.dumps(Problem(400, message).as_dict()).encode()
+        problem = Problem(HTTPStatus.BAD_REQUEST, message)
+        cause = sys.exception()
+        if isinstance(cause, h11.RemoteProtocolError) and cause.error_status_hint == TOO_LARGE:
+            problem = Problem(TOO_LARGE, f"the head of the request is larger than {HEAD_BYTES_MAX >> 10} KiB")
+        body = json.dumps(problem.as_dict()).encode()
         headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
-        response = h11.Response(status_code=400, headers=headers, reason=b"Bad Request")
+        status = HTTPStatus(problem.status)
+        response = h11.Response(status_code=status, headers=headers, reason=status.phrase.encode())
         for event in (response, h11.Data(data=body), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event))
         self.transport.close()

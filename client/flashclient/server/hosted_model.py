@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import re
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,7 @@ from flashclient.server.tool_formats import ToolFormat, format_of
 SEQUENCES_OF_REQUEST_MAX = 64
 CHARACTERS_MIN = 1 << 18  # of a prompt that is encoded in any case: an unknown word of any length may be one token
 ROLES = ("system", "user", "assistant", "tool")
+STRANGE_ROLE = "flashclient-trial"
 TEMPLATE_S = 3.0  # for a chat template, which may have loops in loops
 NEW_TOKENS_DEFAULT = 2048  # of a chat, where neither the request nor the model's context sets a limit
 
@@ -131,7 +134,8 @@ class HostedModel:
         """`developer` is the new name of `system`, which only newer chat templates know.
 
         Raises:
-            Problem: the role is none of the interface, nor named in the template, which might leave such messages out.
+            Problem: the role is none of the interface, and the template neither names it nor writes any role that it is
+                given. It might leave such a message out, or take it for another's.
         """
         role, named = message.get("role"), str(self.tokenizer.chat_template)
         if role == "function":  # of an older interface; templates that know only the newer one leave it out in silence
@@ -140,7 +144,17 @@ class HostedModel:
             return message
         if role == "developer":
             return message | {"role": "system"}
+        if re.fullmatch(r"[\w.-]{1,64}", role) and self._writes_any_role:
+            return message
         raise Problem(400, f"a message has the role {role!r}: use one of {', '.join(ROLES)}", "messages")
+
+    @cached_property
+    def _writes_any_role(self) -> bool:
+        """As templates do that are like ChatML, so that their authors may train models on roles of their own."""
+        messages = [{"role": role, "content": "Hi"} for role in ("user", STRANGE_ROLE)]
+        with suppress(Exception), self._encoding, deadline(TEMPLATE_S, "trying a role"):
+            return STRANGE_ROLE in str(self.tokenizer.apply_chat_template(messages, tokenize=False))
+        return False
 
     @property
     def grammars(self) -> Grammars:

@@ -10,7 +10,8 @@ from pydantic import ValidationError
 
 from flashclient.errors import BusyError, FlashClientError, OptionError
 
-RETRY_AFTER_S = 1
+SOON = {"Retry-After": "1"}
+MORE_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: SOON, 503: SOON}
 FAULTS_MAX = 1000  # describing millions of them, to tell one, would take many seconds
 # Fields of other servers or of former versions of the interface, and what does the same here.
 SAME_HERE = {
@@ -56,7 +57,8 @@ class Problem(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        return {"Retry-After": str(RETRY_AFTER_S)} if self.status in (429, 503) else {}
+        """That clients of HTTP act on, whatever the body says."""
+        return MORE_HEADERS.get(self.status, {})
 
     def as_dict(self) -> dict[str, Any]:
         kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}

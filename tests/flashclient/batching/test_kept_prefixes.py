@@ -159,7 +159,7 @@ def test_a_full_device_keeps_what_it_holds(
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
         assert file.used_bytes == limit_pages * PAGE_BYTES
-        assert caplog.text.count("is kept in") == 1
+        assert caplog.text.count("MiB is kept: ") == 1
         kept.fetch(prompts[-2], 10)
         assert kept.usable(prompts[-2], 10) == (10 if limit_pages else 0)
 

@@ -15,7 +15,11 @@ from openai_servers import server_of
 from weightd import cli
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }};{% endfor %}a:"
-CHAT, BASE = "tiny-chat", "tiny-base"
+STRICT_TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}[{{ m['content'] }}]{% else %}{{ m['content'] }}{% endif %}"
+    "{% endfor %}"
+)
+CHAT, BASE, STRICT = "tiny-chat", "tiny-base", "tiny-strict"
 CONTEXT_TOKENS = 64
 ANSWER_S = 60.0
 HI = [{"role": "user", "content": "Hi"}]
@@ -25,12 +29,12 @@ COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("clumsy")
-    for name, family in ((CHAT, "llama"), (BASE, "opt")):
-        checkpoint = make_checkpoint(family, folder / name, max_position_embeddings=CONTEXT_TOKENS)
-        if name == CHAT:
-            (checkpoint / "chat_template.jinja").write_text(TEMPLATE)
+    for name, template in ((CHAT, TEMPLATE), (BASE, None), (STRICT, STRICT_TEMPLATE)):
+        checkpoint = make_checkpoint("llama", folder / name, max_position_embeddings=CONTEXT_TOKENS)
+        if template is not None:
+            (checkpoint / "chat_template.jinja").write_text(template)
         assert cli.main(["import", str(checkpoint), "--store", str(folder / "store")]) == 0
-    with serving(folder / "store", "--dram", "64MiB") as daemon, server_of(daemon, CHAT, BASE) as url:
+    with serving(folder / "store", "--dram", "64MiB") as daemon, server_of(daemon, CHAT, BASE, STRICT) as url:
         yield url.removeprefix("http://").removesuffix("/v1")
 
 
@@ -55,12 +59,13 @@ LONG = "context_length_exceeded"
         (CHATS, {"model": BASE}, "model", None, "'tiny-base' has no chat template, as base models have none: send"),
         (
             CHATS,
-            {"messages": [{"role": "wizard", "content": "Hi"}]},
+            {"model": STRICT, "messages": [{"role": "wizard", "content": "Hi"}]},
             "messages",
             None,
             "has the role 'wizard': use one",
         ),
         (CHATS, {"messages": [{"role": "", "content": "Hi"}]}, "messages", None, "has the role ''"),
+        (CHATS, {"messages": [{"role": "a wizard", "content": "Hi"}]}, "messages", None, "has the role 'a wizard'"),
         (CHATS, {"messages": [{"role": "user", "content": "Hi" * 99}]}, None, LONG, "context is 64 tokens"),
         (CHATS, {"max_tokens": 64}, None, LONG, "new ones fit, not 64"),
         (CHATS, {"logit_bias": {"-1": 5}}, "logit_bias", None, "logit_bias has token -1"),
@@ -96,7 +101,7 @@ def test_nulls_are_as_good_as_left_out_at_every_depth(address: str, more: dict[s
     assert status == 200, answer
 
 
-def test_roles_of_the_interface_are_answered(address: str) -> None:
-    for role in ("system", "developer", "user", "assistant"):
+def test_roles_of_the_interface_and_those_that_the_template_writes_are_answered(address: str) -> None:
+    for role in ("system", "developer", "user", "assistant", "wizard"):
         status, answer = asked(address, CHATS, {"messages": [{"role": role, "content": "Be", "name": "f"}, *HI]})
         assert status == 200, answer

@@ -44,6 +44,9 @@ def test_a_key_has_a_number() -> None:
     access = Access(["sk-a", "sk-b"])
     assert [access.check_key({"authorization": f"Bearer {key}"}) for key in ("sk-a", "sk-b")] == [0, 1]
     assert Access().check_key({}) == 0
+    with pytest.raises(Problem, match="wants an API key") as refused:
+        access.check_key({})
+    assert refused.value.headers == {"WWW-Authenticate": "Bearer"}
 
 
 def test_keys_are_the_lines_of_a_file(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from uvicorn.server import ServerState
 from flashclient.errors import OptionError
 from flashclient.server import access, connections
 from flashclient.server.access import Access
-from flashclient.server.connections import PatientProtocol
+from flashclient.server.connections import HEAD_BYTES_MAX, PatientProtocol
 from flashclient.server.deadline import deadline
 from flashclient.server.problems import Problem
 
@@ -49,6 +49,13 @@ def test_what_is_no_request_is_told_in_the_shape_of_errors(sent: bytes) -> None:
     head, _, body = asyncio.run(answered(sent)).partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json")
     assert json.loads(body)["error"]["message"].startswith("these bytes are no valid HTTP request")
+
+
+def test_a_head_that_is_too_large_is_told_by_its_status() -> None:
+    sent = REQUEST.removesuffix(b"\r\n") + b"Cookie: " + b"a" * HEAD_BYTES_MAX
+    head, _, body = asyncio.run(answered(sent)).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: application/json")
+    assert json.loads(body)["error"]["message"] == "the head of the request is larger than 64 KiB"
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET / HT", REQUEST])
