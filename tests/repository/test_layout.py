@@ -53,8 +53,8 @@ TABLE = {
     options: errors daemon
     client: errors standard_streams torch_state turns daemon source model generation options
     server: errors generation batching client
-    commands: errors garbage interrupts standard_streams torch_state daemon generation batching calibration options client \
-        server
+    commands: errors garbage interrupts standard_streams torch_state daemon generation batching calibration options \
+        client server
     cli: errors interrupts standard_streams commands
     __main__: interrupts cli
     __init__: garbage client
