@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ class Adapters:
             FlashClientError: PEFT is not installed.
         """
         require_peft()
+        import_module("torch.distributed.tensor")  # PEFT leaves this to transformers, of which commands import less
+
         require_adapter(name, folder)
         own_name = f"adapter_{len(self._names)}"
         record = self._loaded.record
