@@ -29,7 +29,6 @@ BACKLOG = 128
 MODELS_MAX = 16
 KEPT_FILE_BYTES = 8 << 30
 KEPT_FILE_SHARE = 10  # of what is free
-CONNECTIONS_MAX = 512  # further ones get status 503
 
 
 def add(commands: Any) -> None:
@@ -255,7 +254,6 @@ def _serve(models: dict[str, Any], options: argparse.Namespace, keys: list[str],
         log_level="warning",
         lifespan="off",
         timeout_graceful_shutdown=STOPPING_S + ENDING_S,
-        limit_concurrency=CONNECTIONS_MAX,
         http=PatientProtocol,
         h11_max_incomplete_event_size=HEAD_BYTES_MAX,
         ws="none",

@@ -17,11 +17,14 @@ from typing import Any
 
 import h11
 import uvicorn
+from fastapi.responses import JSONResponse
 from uvicorn.protocols.http.h11_impl import H11Protocol  # whatever else is installed
 
 from flashclient.server.problems import Problem
 
 REQUEST_S = 30.0  # within which the head of a request must have come; a server has a bounded number of connections
+CONNECTIONS_MAX = 512
+BUSY = Problem(503, f"{CONNECTIONS_MAX} connections are open already: try again later", code="unavailable")
 TOO_LARGE = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
 HEAD_BYTES_MAX = 64 << 10  # of a request
 STOPPING_S = 5  # for answers under way, when the server is told to stop once
@@ -71,7 +74,10 @@ class AnsweringServer(uvicorn.Server):
 
 
 class PatientProtocol(H11Protocol):
-    """uvicorn's own, which closes a connection that has no request for REQUEST_S. Answers take as long as they need."""
+    """uvicorn's own, which closes a connection that has no request for REQUEST_S. Answers take as long as they need.
+
+    More connections than CONNECTIONS_MAX get status 503, those that were there before go on.
+    """
 
     transport: Any
     cycle: Any
@@ -91,8 +97,13 @@ class PatientProtocol(H11Protocol):
             self.transport.write(self.conn.send(event))
         self.transport.close()
 
+    def _unsupported_upgrade_warning(self) -> None:
+        """Nothing: clients of Java ask each server for HTTP/2, and are answered as if they had not."""
+
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        if len(self.connections) > CONNECTIONS_MAX:
+            self.app: Any = JSONResponse(BUSY.as_dict(), BUSY.status, {**BUSY.headers, "Connection": "close"})
         self._seen: Any = None
         self._watch()
 

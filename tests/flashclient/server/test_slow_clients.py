@@ -28,7 +28,7 @@ REQUEST = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
 
 async def answered(sent: bytes) -> bytes:
     """All that a server answers before it closes the connection."""
-    config = uvicorn.Config(PlainTextResponse("Hi"), timeout_keep_alive=3600)
+    config = uvicorn.Config(PlainTextResponse("Hi"), timeout_keep_alive=3600, log_config=None)
     config.load()
     loop, state = asyncio.get_running_loop(), ServerState()
     server = await loop.create_server(lambda: PatientProtocol(config, state, {}), "127.0.0.1", 0)
@@ -56,6 +56,20 @@ def test_a_head_that_is_too_large_is_told_by_its_status() -> None:
     head, _, body = asyncio.run(answered(sent)).partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: application/json")
     assert json.loads(body)["error"]["message"] == "the head of the request is larger than 64 KiB"
+
+
+def test_who_asks_for_http2_is_answered_without_a_line(caplog: pytest.LogCaptureFixture) -> None:
+    asked = b"Host: a\r\nConnection: Upgrade, close\r\nUpgrade: h2c"
+    assert asyncio.run(answered(REQUEST.replace(b"Host: a", asked))).endswith(b"Hi")
+    assert [line for line in caplog.messages if "upgrade" in line] == []
+
+
+def test_connections_beyond_the_bound_are_told_in_the_shape_of_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "CONNECTIONS_MAX", 0)
+    head, _, body = asyncio.run(answered(REQUEST)).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 503 Service Unavailable")
+    assert b"retry-after: 1" in head
+    assert "connections are open already" in json.loads(body)["error"]["message"]
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET / HT", REQUEST])

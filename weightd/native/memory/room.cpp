@@ -1,6 +1,7 @@
 #include "memory/room.h"
 
 #include <algorithm>
+#include <set>
 #include <string>
 
 #include "memory/model_cost.h"
@@ -74,6 +75,54 @@ uint64_t Room::in_use_bytes(const Model& model) const {
            sessions_.share_slots(model) * model.spec.cell_bytes;
 }
 
+// Whether `bytes` and then a share could be had with so much --dram, if all sessions opened again in their order. They
+// take more of more: a session gets up to half of what is left.
+bool Room::would_fit(uint64_t dram_bytes, const Model& asking, uint64_t bytes, uint64_t has_bytes) const {
+    const Memory memory(dram_bytes);
+    const auto model_bytes = [](const Model& model) { return activation_bytes(model.spec) + predictors_bytes(model); };
+    uint64_t fixed_bytes = memory_.used_bytes(Account::resident) + memory_.used_bytes(Account::tables);
+    for (const auto& model : models_) {
+        if (model->pool == nullptr) continue;
+        fixed_bytes = difference(fixed_bytes, model_bytes(*model));
+    }
+    std::set<const Model*> there;
+    uint64_t shares_bytes = 0;
+    uint64_t grown_bytes = 0;
+    const auto left_bytes = [&](const Model& model) {
+        if (model.pool != nullptr && there.insert(&model).second) fixed_bytes += model_bytes(model);
+        uint64_t unused_bytes = 0;
+        for (const Model* other : there) unused_bytes += other == &model ? 0 : unused_bytes_max(other->spec, memory);
+        return difference(dram_bytes, fixed_bytes + shares_bytes + unused_bytes);
+    };
+    for (const Session* session : sessions_.in_order()) {
+        const ModelSpec& spec = models_[session->model]->spec;
+        const uint64_t slots = left_bytes(*models_[session->model]) / spec.cell_bytes;
+        const uint32_t larger = session->borrows ? share_slots(slots, session->slots_wanted, spec.cell_count()) : 0;
+        const uint32_t share = std::max(session->share_slots, larger);
+        shares_bytes += uint64_t{share} * spec.cell_bytes;
+        grown_bytes += uint64_t{share - session->share_slots} * spec.cell_bytes;
+    }
+    for (const auto& model : models_) {
+        if (model->users > 0) left_bytes(*model);
+    }
+    const uint64_t left = left_bytes(asking);
+    const uint64_t user_bytes = session_bytes(asking.spec) + SHARE_SLOTS_MIN * uint64_t{asking.spec.cell_bytes};
+    const uint64_t then_has_bytes = has_bytes == 0 ? 0 : has_bytes + grown_bytes;
+    return bytes <= left && may_take(then_has_bytes, user_bytes, left - bytes + user_bytes);
+}
+
+// The least --dram with which it would have been granted.
+uint64_t Room::enough_bytes(const Model& asking, uint64_t bytes, uint64_t has_bytes) const {
+    uint64_t less = memory_.limit_bytes();
+    uint64_t enough = less + bytes;
+    while (!would_fit(enough, asking, bytes, has_bytes)) enough *= 2;
+    while (enough - less > PAGE_BYTES) {
+        const uint64_t middle = less + (enough - less) / 2;
+        (would_fit(middle, asking, bytes, has_bytes) ? enough : less) = middle;
+    }
+    return enough;
+}
+
 // Its text has the numbers as of now, and says what to do.
 NoRoom Room::refusal(const Model& asking, uint64_t bytes, uint64_t left_bytes, uint64_t has_bytes) const {
     std::string text = asking.spec.name + ": needs " + mebibytes(bytes) + " of --dram " +
@@ -89,10 +138,9 @@ NoRoom Room::refusal(const Model& asking, uint64_t bytes, uint64_t left_bytes, u
     }
     text += "; checksums and hotness of all models take " + mebibytes(catalogs_bytes);
     if (bytes <= left_bytes) {
-        return NoRoom(text + ": your sessions have " + mebibytes(has_bytes) +
-                      ", and the rest is kept for other users: end a session, or raise --dram");
+        text += ": your sessions have " + mebibytes(has_bytes) + ", and the rest is kept for other users";
     }
-    const std::string enough = mebibytes(memory_.limit_bytes() + bytes - left_bytes);
+    const std::string enough = mebibytes(enough_bytes(asking, bytes, has_bytes));
     return NoRoom(text + (in_use ? ": end a session, or raise --dram to " : ": raise --dram to ") + enough);
 }
 

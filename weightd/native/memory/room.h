@@ -41,6 +41,8 @@ class Room {
     uint64_t fixed_bytes(const Model& asking) const;
     uint64_t obtainable_bytes(const Model& asking) const;
     uint64_t in_use_bytes(const Model& model) const;
+    bool would_fit(uint64_t dram_bytes, const Model& asking, uint64_t bytes, uint64_t has_bytes) const;
+    uint64_t enough_bytes(const Model& asking, uint64_t bytes, uint64_t has_bytes) const;
 
     const ModelList& models_;
     const Memory& memory_;

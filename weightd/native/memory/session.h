@@ -36,7 +36,8 @@ class Session {
 
     static uint64_t table_bytes(uint32_t cells) { return uint64_t{cells} * sizeof(Hold); }
 
-    uint32_t id = 0;  // given by Sessions
+    uint32_t id = 0;            // given by Sessions
+    uint32_t slots_wanted = 0;  // it asked for such a share and may have got a smaller one; 0: it had no preference
     const uint32_t model;
     const uint32_t share_slots;      // guaranteed to it
     const bool borrows;              // may hold more than its share while nobody waits for a slot

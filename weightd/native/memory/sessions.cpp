@@ -29,6 +29,13 @@ Session* Sessions::find(uint32_t session) const {
     return found == sessions_.end() ? nullptr : found->second.get();
 }
 
+std::vector<const Session*> Sessions::in_order() const {
+    std::vector<const Session*> ordered;
+    for (const auto& [id, session] : sessions_) ordered.push_back(session.get());
+    std::sort(ordered.begin(), ordered.end(), [](const Session* a, const Session* b) { return a->id < b->id; });
+    return ordered;
+}
+
 Sessions::Shares Sessions::shares_of(const Model& model) const {
     const auto found = shares_.find(model.index);
     return found == shares_.end() ? Shares{} : found->second;

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <memory>
 #include <unordered_map>
+#include <vector>
 
 #include "memory/memory.h"
 #include "memory/model.h"
@@ -29,6 +30,7 @@ class Sessions {
     // Ends its share. The caller ends its leases and then calls update_limits(). None: there is no such session.
     std::unique_ptr<Session> remove(uint32_t session);
     Session* find(uint32_t session) const;
+    std::vector<const Session*> in_order() const;  // in which they opened
 
     uint64_t share_slots(const Model& model) const;  // the shares of all its sessions together
     uint64_t owed_slots(const Model& model) const;   // its sessions' shares, or what they hold within their limits

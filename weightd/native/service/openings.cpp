@@ -137,7 +137,10 @@ Opened Openings::open_active(uint32_t index, uint32_t slots_wanted, const User& 
             user, [&] { return engine_.models().share_for(index, slots_wanted, sessions_.bytes_of(user)); });
         const Model& model = engine_.model(index);
         auto predictors = predicts ? model.predictors : nullptr;
-        sessions_.open(std::make_unique<RingSession>(index, model.spec.cell_count(), share, token, user, predictors));
+        const uint32_t cells = model.spec.cell_count();
+        auto session = std::make_unique<RingSession>(index, cells, share, token, user, predictors);
+        session->slots_wanted = slots_wanted;
+        sessions_.open(std::move(session));
         return {token, share};
     } catch (const std::system_error& error) {
         engine_.models().leave(index);
