@@ -42,6 +42,14 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
 }
 
 
+# Those that are exactly zero for every v up to a number, by their parameter. Others are zero for one v, or by rounding.
+ZERO_UP_TO: dict[str, Callable[[float], float]] = {
+    **dict.fromkeys(("relu", "relu_squared", "gated_relu"), lambda _: 0.0),
+    "fatrelu": lambda threshold: threshold,
+    "hardswish": lambda _: -3.0,
+}
+
+
 @dataclass(frozen=True)
 class Held:
     """A module that computes one of FUNCTIONS.
@@ -164,5 +172,6 @@ def _at_most(activation: Activation, limit: str, v: Tensor) -> Tensor:
 
 
 def has_exact_zeros(activation: Activation) -> bool:
-    """Whether neurons are exactly zero for some inputs; other functions are so only by rounding."""
-    return bool(neurons_of(activation, torch.tensor(-1.0, dtype=torch.float64, device="cpu")) == 0)
+    """Whether neurons are exactly zero for inputs that are not rare."""
+    no_slope = activation.function == "leaky_relu" and activation.parameter == 0.0
+    return activation.function in ZERO_UP_TO or no_slope

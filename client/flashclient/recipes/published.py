@@ -25,7 +25,8 @@ from weightd_proto import weightd_pb2
 Config = Mapping[str, Any]
 
 QUANTISATION = "quantization_config"  # the import dequantises
-WORDS = ".qweight"  # of GPTQ and AWQ
+WORDS = ".qweight"
+OF_WORDS = ("gptq", "awq", "auto-round")
 ACTIVATIONS = tuple(name for name in FUNCTIONS if name != "swish")  # which no published format needs
 
 
@@ -86,7 +87,7 @@ def published(config: Config, activation: str | None = None) -> Published:
     quantisation = config.get(QUANTISATION)
     method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
     renames = (*_quantised_renames(method), *found.renames)
-    return replace(found, activation=chosen or found.activation, renames=renames, words=method in ("gptq", "awq"))
+    return replace(found, activation=chosen or found.activation, renames=renames, words=method in OF_WORDS)
 
 
 def _quantised_renames(method: Any) -> tuple[Rename, ...]:

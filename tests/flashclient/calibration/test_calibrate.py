@@ -31,8 +31,9 @@ from flashclient.calibration.sequences import read_sequences
 from flashclient.client import FlashClient
 from flashclient.errors import CalibrationError, OptionError, RefusedError
 from flashclient.kernels.dtypes import DTYPES
-from flashclient.model.activations import FUNCTIONS, has_exact_zeros
+from flashclient.model.activations import FUNCTIONS, ZERO_UP_TO, has_exact_zeros, neurons_of
 from flashclient.model.predictor_file import LowRank, read_predictors
+from weightd_proto.weightd_pb2 import Activation
 
 CHARACTERS = 6000
 OPTIONS = CalibrationOptions(ranks=(4, 16))
@@ -198,7 +199,20 @@ def test_an_activation_without_zeros_is_refused_at_once(activation: str, tmp_pat
 
 def test_which_activations_have_exact_zeros() -> None:
     zeros = {name for name in FUNCTIONS if has_exact_zeros(ACTIVATIONS[name])}
-    assert zeros == {"relu", "relu_squared", "fatrelu", "gated_relu"}
+    assert zeros == ZERO_UP_TO.keys()
+    assert has_exact_zeros(Activation(function="leaky_relu", parameter=0.0))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_exact_zeros_lie_where_the_function_is_flat(name: str) -> None:
+    """Up to a number, or nowhere but at one. Laplace's is zero by rounding below -1.6."""
+    made = ACTIVATIONS[name]
+    v = torch.linspace(-6 if name != "laplace" else -1.5, 6, 1201, dtype=torch.float64)
+    zero = neurons_of(made, v) == 0
+    if name in ZERO_UP_TO:
+        assert torch.equal(zero, v <= ZERO_UP_TO[name](made.parameter))
+    else:
+        assert zero.sum() <= 1
 
 
 def test_a_model_whose_neurons_all_fire_is_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from packed_checkpoints import KINDS, make_packed
+from packed_checkpoints import AUTO_ROUND, KINDS, make_packed
 from safetensors.torch import load_file, save_file
 from stored_model import read_matrices, read_state
 from test_quantising import IDS, SETTINGS
@@ -159,6 +159,7 @@ def flat_blocks(tensors: dict[str, torch.Tensor]) -> None:
     tensors |= {"a_blocks": torch.zeros(8, dtype=torch.uint8), "a_scales": torch.zeros((), dtype=torch.uint8)}
 
 
+OUT_SCALES = "model.layers.1.self_attn.o_proj.weight_scale"
 FIRST_UP = "model.layers.0.mlp.up_proj.weight_scale"
 FAR = "1" + "0" * 400
 
@@ -176,6 +177,12 @@ FAR = "1" + "0" * 400
         ("gptq", None, {"quant_method": "awq"}, r"no scales of|holds .* tensors"),
         ("gptq", None, {"quant_method": "awq", "version": "gemv_fast"}, r"AWQ of version gemv_fast, which is"),
         ("gptq", None, {"quant_method": "aqlm"}, r"is quantised \(aqlm\): import the unquantised checkpoint, one"),
+        ("gptq", lambda tensors: tensors.pop(f"{UP}.g_idx"), {"desc_act": True}, rf"{GPTQ_UP} has no {UP}\.g_idx"),
+        ("gptq", None, AUTO_ROUND | {"packing_format": "auto_round:x"}, r"is auto-round's int with packing_format 'a"),
+        ("gptq", None, AUTO_ROUND | {"data_type": "mx_fp"}, r"is auto-round's mx_fp with packing_format 'auto_round:a"),
+        ("packed", shaped(OUT_SCALES, 2, 64), {}, rf"{OUT_SCALES} has shape \[2, 64\] of BF16 in .*are no scales of"),
+        ("packed", None, {"config_groups": {"0": {"weights": {"symmetric": False}}}}, r"has no .*weight_zero_point"),
+        ("nvfp4", shaped(f"{UP}.weight_scale", 256, 8), {}, r"shape \[256, 8\] of F8_E4M3 in .*are no scales"),
         ("packed", with_value(f"{UP}.weight_scale", np.inf), {}, r"has a scale that is NaN or infinite"),
         ("packed", lambda tensors: tensors[f"{UP}.weight_shape"][1:].fill_(0), {}, r"no matrix \[96, 0\] of 4 or 8"),
         ("packed", cut(f"{UP}.weight_scale", 95), {}, r"scale has shape \[95, 2\] of BF16 in .*, which are no scales"),
@@ -219,6 +226,22 @@ def test_what_is_damaged_is_refused_in_one_line(
             import_checkpoint(folder, store)
         assert store.names() == []
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+@pytest.mark.parametrize(("name", "value"), [(f"{UP}.weight", np.nan), (f"{UP}.weight_scale", 1e37)])
+def test_what_is_no_number_is_refused_where_it_is_dequantised(
+    name: str, value: float, dtype: str, published: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(published["float8"], tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    with_value(name, value)(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    message = rf"^{UP}\.weight in .* is NaN or infinite in row \d, column \d+: download the file again$"
+    with Store.open(tmp_path / "store", create=True) as store:
+        with pytest.raises(CheckpointError, match=message):
+            import_checkpoint(folder, store, dtype=dtype)
+        assert store.names() == []
 
 
 OF_MLX = {"quantization": {"group_size": 64, "bits": 4}}

@@ -129,17 +129,19 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
         assert store.names() == []
 
 
+@pytest.mark.parametrize("dtype", ["keep", "bf16"])
 @pytest.mark.parametrize("part", ["attn_q", "attn_output"])
-def test_a_damaged_scale_of_a_kept_matrix_is_refused(part: str, tmp_path: Path) -> None:
+def test_a_damaged_scale_is_refused(part: str, dtype: str, tmp_path: Path) -> None:
     path = write_gguf(make_model(make_config("llama", neurons=192)), tmp_path / "tiny.gguf", kind_of)
     tensor = next(each for each in gguf.GGUFReader(path).tensors if each.name == f"blk.1.{part}.weight")
     with path.open("r+b") as file:  # the last block
         file.seek(int(tensor.data_offset) + int(tensor.n_bytes) - BLOCK_FORMATS[KINDS[part]].bytes)
         file.write((0x7E00).to_bytes(2, "little"))
-    where = rf"^blk.1.{part}.weight in .*tiny.gguf has a block of {KINDS[part]} whose scale is NaN .*: download"
+    what = f"has a block of {KINDS[part]} whose scale" if dtype == "keep" else ""
+    where = rf"^blk.1.{part}.weight in .*tiny.gguf {what}.*is NaN or infinite.*: download"
     with Store.open(tmp_path / "store", create=True) as store:
         with pytest.raises(CheckpointError, match=where):
-            import_checkpoint(path, store, "m")
+            import_checkpoint(path, store, "m", dtype=dtype)
         assert store.names() == []
         assert not [*store.path.glob("m*"), *store.path.glob(".import-*")]
 

@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from weightd import _native
-from weightd.disk.tensors import WIDE, SourceTensor
+from weightd.disk.tensors import WIDE
 from weightd.importing.plan import ElementRun
 from weightd.importing.quantised.kept_blocks import kept_blocks
-from weightd.importing.quantised.numbers import scaled_values
+from weightd.importing.quantised.numbers import check_finite, scaled_values
 from weightd_proto.encodings import BLOCK_FORMATS, DTYPES, E4M3_MAX
 
 Bytes = npt.NDArray[np.uint8]
@@ -45,7 +45,7 @@ def dequantise(run: ElementRun, stored: Sequence[memoryview]) -> Elements:
     data = np.frombuffer(stored[0], np.uint8)
     if tensor.scales is not None:
         return Elements("F32", scaled_values(run, stored).view(np.uint8))
-    elements = Elements(tensor.dtype, data) if tensor.is_plain else _from_blocks(tensor, data)
+    elements = Elements(tensor.dtype, data) if tensor.is_plain else _from_blocks(run, data)
     if tensor.undo is None:
         return elements
     if tensor.undo.heads:
@@ -93,7 +93,8 @@ def _without_interleaving(data: Bytes, head_rows: int, row_bytes: int) -> Bytes:
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(-1)
 
 
-def _from_blocks(tensor: SourceTensor, data: Bytes) -> Elements:
+def _from_blocks(run: ElementRun, data: Bytes) -> Elements:
+    tensor = run.tensor
     if tensor.encoding == WIDE:
         with np.errstate(over="ignore"):  # becomes infinite, as in torch
             return Elements("F32", data.view("<f8").astype("<f4").view(np.uint8))
@@ -101,5 +102,8 @@ def _from_blocks(tensor: SourceTensor, data: Bytes) -> Elements:
     from gguf.quants import dequantize
 
     row_bytes = tensor.bytes_of(tensor.row_elements)
-    values = dequantize(data.reshape(-1, row_bytes), GGMLQuantizationType[tensor.encoding.format])
-    return Elements("F32", np.ascontiguousarray(values, np.float32).reshape(-1).view(np.uint8))
+    with np.errstate(all="ignore"):  # scales that are damaged
+        values = dequantize(data.reshape(-1, row_bytes), GGMLQuantizationType[tensor.encoding.format])
+    found = np.ascontiguousarray(values, np.float32)
+    check_finite(run, found)
+    return Elements("F32", found.reshape(-1).view(np.uint8))

@@ -144,6 +144,16 @@ def _awq(settings: Settings, _: str) -> Numbers:
     return in_words(4, group, settings.get("zero_point") is False, True)
 
 
+def _auto_round(settings: Settings, module: str) -> Numbers | None:
+    """The settings of a module are in `extra_config`, where they are not those of all."""
+    of_modules = settings.get("extra_config")
+    own = of_modules.get(module) if isinstance(of_modules, dict) else None
+    said = {**settings, **own} if isinstance(own, dict) else settings
+    if said.get("bits") in (16, 32):
+        return None
+    return in_words(_bits(said.get("bits")), said.get("group_size"), said.get("sym") is not False, True)
+
+
 def _bits(value: Any) -> int:
     return value if value in (4, 8) else 4
 
@@ -193,6 +203,7 @@ def _bits_and_bytes(settings: Settings, _: str) -> Numbers:
 METHODS: dict[str, Callable[[Settings, str], Numbers | None]] = {
     "gptq": _gptq,
     "awq": _awq,
+    "auto-round": _auto_round,
     COMPRESSED: _compressed,
     "fp8": _fp8,
     "fbgemm_fp8": _fp8,

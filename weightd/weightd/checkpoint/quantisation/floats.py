@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from math import isfinite
 
-from weightd.checkpoint.quantisation.scales import QuantisedTensors, misfit, scaled, small_values
+from weightd.checkpoint.quantisation.scales import FLOATS, QuantisedTensors, misfit, scaled, small_values
 from weightd.disk.tensors import BlockScales, SourceTensor
 from weightd.errors import CheckpointError
 from weightd_proto.encodings import PACKED_E2M1, plain
@@ -28,7 +28,6 @@ BLOCKS, BLOCK_SCALES = "_blocks", "_scales"
 # Names of the scales of NAME.weight or NAME, as different publishers spell them.
 SCALE_NAMES = ("{name}_scale_inv", "{name}_scale", "{module}.scale", "{module}.qscale_weight")
 WHOLE_SCALE_NAMES = ("{name}_scale_2", "{name}_global_scale")
-FLOATS = ("F8_E4M3", "F8_E5M2")
 PACKED = ("I8", "U8")
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from weightd.checkpoint.quantisation.bits_and_bytes import bits_and_bytes
 from weightd.checkpoint.quantisation.floats import fp8, mxfp4, with_scales
-from weightd.checkpoint.quantisation.integers import awq, gptq, packed_integers, with_zeros
+from weightd.checkpoint.quantisation.integers import auto_round, awq, gptq, packed_integers, with_zeros
 from weightd.checkpoint.quantisation.scales import QuantisedTensors
 from weightd.disk.tensors import SourceTensor
 from weightd.errors import CheckpointError
@@ -202,6 +202,7 @@ def _modelopt(q: QuantisedTensors) -> Iterator[tuple[str, SourceTensor]]:
 FORMATS: dict[str, Callable[[QuantisedTensors], Iterator[tuple[str, SourceTensor]]]] = {
     "gptq": gptq,
     "awq": awq,
+    "auto-round": auto_round,
     "compressed-tensors": _compressed,
     "fp8": fp8,
     "fbgemm_fp8": fp8,

@@ -46,6 +46,13 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 GPTQ_FORMATS = {"gptq": 1, "gptq_v2": 0}  # by what must be added to zeros
 AWQ_VERSIONS = ("gemm", "gemv", "exllama", "ipex")  # the last two run what gemm stores
 GEMV = "gemv"
+# What auto-round writes, by its packing_format: the method, and what its settings would say.
+AUTO_ROUND: dict[str, tuple[str, dict[str, Any]]] = {
+    "auto_round:auto_gptq": ("gptq", {"checkpoint_format": "gptq"}),
+    "auto_round:gptqmodel": ("gptq", {"checkpoint_format": "gptq_v2"}),
+    "auto_round": ("gptq", {"checkpoint_format": "gptq_v2"}),
+    "auto_round:auto_awq": ("awq", {"version": "gemm"}),
+}
 
 
 def packing(bits: int, across: bool = False, order: tuple[int, ...] = ()) -> Packing:
@@ -88,10 +95,29 @@ def _gptq_matrix(q: QuantisedTensors, tensor: SourceTensor, module: str, form: s
     bits = q.settings.get("bits")
     if order is not None and rows and 32 * rows % max(1, order.elements) == 0:  # modules may differ (`dynamic`)
         bits = 32 * rows // max(1, order.elements)
+    elif order is None and outputs and len(zeros.shape) == 2 and 32 * zeros.shape[1] % outputs == 0:
+        bits = 32 * zeros.shape[1] // outputs  # as of auto-round's `extra_config`
     bits = _checked_bits(bits, tensor)
+    if order is None and q.settings.get("desc_act") and zeros.shape[0] > 1:
+        raise CheckpointError(
+            f"{tensor.name} has no {module}{GROUPS} in {tensor.path}, which says the order of its inputs (desc_act): "
+            "download the checkpoint again"
+        )
     packed_rows = packing(bits, across=True)
     matrix = packed(tensor, (rows * packed_rows.numbers, outputs), packed_rows)
     return _transposed(q, matrix, scales, zeros, packing(bits), order, GPTQ_FORMATS[form])
+
+
+def auto_round(q: QuantisedTensors) -> Named:
+    form, kind = q.settings.get("packing_format"), q.settings.get("data_type", "int")
+    if not isinstance(form, str) or form not in AUTO_ROUND or kind != "int":
+        raise CheckpointError(
+            f"{q.path} is auto-round's {kind} with packing_format {form!r}, read is int with {', '.join(AUTO_ROUND)}: "
+            "import one of them, the unquantised checkpoint, or a .gguf file"
+        )
+    method, settings = AUTO_ROUND[form]
+    read = {"gptq": gptq, "awq": awq}[method]
+    yield from read(QuantisedTensors(q.path, q.tensors, dict(q.settings) | settings, q.dtype, q.notes))
 
 
 def awq(q: QuantisedTensors) -> Named:
@@ -205,9 +231,13 @@ def with_zeros(q: QuantisedTensors, module: str, whole: SourceTensor, bits: int)
     """
     matrix = scaled(whole, q.need(f"{module}.weight_scale", whole), q.dtype)
     assert matrix.scales is not None
+    if matrix.scales.tensor.shape[0] not in (1, whole.shape[0]):  # they have no blocks of several rows
+        raise misfit(matrix.scales.tensor, whole)
     above = 1 << (bits - 1) if bits else 0
     scales, zeros = matrix.scales, q.tensors.get(f"{module}.weight_zero_point")
     if zeros is None:
+        if _asymmetric(q.settings):
+            q.need(f"{module}.weight_zero_point", whole)
         scales = replace(scales, zero=above)
     else:
         in_words = bits and is_words(zeros)
@@ -227,6 +257,18 @@ def with_zeros(q: QuantisedTensors, module: str, whole: SourceTensor, bits: int)
         groups = scales.tensor.shape[1]
         scales = replace(scales, groups=group_order(order, whole.shape[1], groups, scales.columns))
     return replace(matrix, scales=scales)
+
+
+def _asymmetric(settings: Mapping[str, Any]) -> bool:
+    """Whether all matrices of compressed-tensors have zeros."""
+    groups = settings.get("config_groups")
+    found = (
+        [group.get("weights") for group in groups.values() if isinstance(group, dict)]
+        if isinstance(groups, dict)
+        else []
+    )
+    said = [weights.get("symmetric") for weights in found if isinstance(weights, dict)]
+    return bool(said) and all(symmetric is False for symmetric in said)
 
 
 def _without_sides(q: QuantisedTensors, sides: tuple[str, ...]) -> Named:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
@@ -18,6 +18,8 @@ from weightd_proto.weightd_pb2 import Encoding
 
 Tensors = Mapping[str, SourceTensor]
 
+FLOATS = ("F8_E4M3", "F8_E5M2")
+NVFP4_VALUES = 16  # with one scale
 FLOAT_DTYPES = ("F32", "BF16", "F16")
 EXPONENTS = (plain("U8"), plain("F8_E8M0"))
 BITS = (4, 8)
@@ -59,11 +61,21 @@ def scaled(
     *matrices, rows, width = tensor.shape
     sizes = block if isinstance(block, list | tuple) and len(block) == 2 else (None, None)
     found = [block_size(*of) for of in zip((rows, width), shape[-2:], sizes, strict=True)]
+    if tensor.dtype in FLOATS and any(sizes) and not _as_said(shape[-2:], (rows, width), sizes):
+        raise misfit(scales, tensor)
+    if scales.dtype == "F8_E4M3" and found != [1, NVFP4_VALUES]:
+        raise misfit(scales, tensor)
     known = scales.encoding in EXPONENTS or scales.dtype in FLOAT_DTYPES or (in_parts and scales.dtype == "F8_E4M3")
     if list(shape[:-2]) != matrices or None in found or not known:
         raise misfit(scales, tensor)
     of_blocks = BlockScales(replace(scales, shape=shape), found[0] or 1, found[1] or 1, rows, dtype)
     return replace(tensor, scales=of_blocks)
+
+
+def _as_said(scales: Sequence[int], values: Sequence[int], sizes: Sequence[Any]) -> bool:
+    """Whether blocks are of the configuration's size, or rows or the whole tensor have a scale instead."""
+    by_block = zip(scales, values, sizes, strict=True)
+    return all(block_size(of, 1, size) == of or count == -(-of // size) for count, of, size in by_block)
 
 
 def as_matrix(scales: SourceTensor, tensor: SourceTensor) -> tuple[int, ...]:

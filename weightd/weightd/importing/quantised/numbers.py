@@ -18,7 +18,10 @@ Floats = npt.NDArray[np.float32]
 
 
 def scaled_values(run: ElementRun, stored: Sequence[memoryview]) -> Floats:
-    """The elements of a run: (number - zero) * factor, in F32. `stored`: the bytes of its extents."""
+    """The elements of a run: (number - zero) * factor, in F32. `stored`: the bytes of its extents.
+
+    CheckpointError for one that is NaN or infinite.
+    """
     tensor, width = run.tensor, run.tensor.row_elements
     scales = tensor.scales
     assert scales is not None
@@ -28,8 +31,21 @@ def scaled_values(run: ElementRun, stored: Sequence[memoryview]) -> Floats:
         _apply(np.subtract, values, _spread(scales, zeros, width))
     elif scales.zero:
         values -= np.float32(scales.zero)
-    _apply(np.multiply, values, _spread(scales, factors, width))
+    with np.errstate(over="ignore"):
+        _apply(np.multiply, values, _spread(scales, factors, width))
+    check_finite(run, values)
     return values.reshape(-1)
+
+
+def check_finite(run: ElementRun, values: Floats) -> None:
+    """CheckpointError for a dequantised value [rows, columns] that is NaN or infinite."""
+    finite = np.isfinite(values)
+    if not finite.all():
+        row, column = np.argwhere(~finite)[0]
+        raise CheckpointError(
+            f"{run.tensor.name} in {run.tensor.path} is NaN or infinite in row {run.first_row + row}, column {column}: "
+            "download the file again"
+        )
 
 
 def numbers_of(tensor: SourceTensor, data: Bytes) -> Floats:
