@@ -45,6 +45,8 @@ runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
         ("weightd.planning.plan", "weightd plan s"),
         ("transformers.utils", "flashclient generate m Hi --store s"),
         ("transformers.utils", "flashclient serve m --store s --port 0"),
+        ("transformers.utils", "flashclient calibrate m --text t --store s"),
+        ("transformers.utils", "flashclient eval m --text t --store s"),
     ],
 )
 def test_imports_end_at_once(during: str, words: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flashclient.commands.arguments import add_command, positive, ranks, share
-from flashclient.commands.opening import open_client, sequences_of
+from flashclient.commands.opening import importing, open_client, sequences_of
 from flashclient.errors import OptionError
 from flashclient.standard_streams import say
 
@@ -55,9 +55,10 @@ def add(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from flashclient.calibration.calibrate import publish_result
-    from flashclient.calibration.publishing import check_may_publish
-    from flashclient.calibration.sequences import check_text
+    with importing():
+        from flashclient.calibration.calibrate import publish_result
+        from flashclient.calibration.publishing import check_may_publish
+        from flashclient.calibration.sequences import check_text
 
     check, tokens_max, run = _calibration_of(options)
     check_text(options.text)  # before the model is imported or opened

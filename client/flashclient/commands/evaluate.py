@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flashclient.commands.arguments import add_command, positive
-from flashclient.commands.opening import open_client, sequences_of
+from flashclient.commands.opening import importing, open_client, sequences_of
 from flashclient.standard_streams import say
 
 
@@ -23,8 +23,9 @@ def add(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from flashclient.calibration.evaluate import TOKENS_DEFAULT, calibrated_mode, evaluate_exact, evaluate_lossy
-    from flashclient.calibration.sequences import check_text
+    with importing():
+        from flashclient.calibration.evaluate import TOKENS_DEFAULT, calibrated_mode, evaluate_exact, evaluate_lossy
+        from flashclient.calibration.sequences import check_text
 
     check_text(options.text)
     progress = sys.stderr.isatty()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +33,26 @@ def open_client(options: argparse.Namespace, model: str | None = None, **more: A
     if sys.stderr.isatty():
         complain("flashclient", f"loading {model}")  # the next lines take seconds
     with garbage_kept(), _weightd_starting(model, options):
-        end_quietly()
-        with quick_imports():
+        with importing(), quick_imports():
             from transformers import logging as transformers_logging
 
             from flashclient.client import FlashClient
-        raise_again()
 
         logging: Any = transformers_logging
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         return FlashClient(model, **given)
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Inside the `with` statement a command imports what takes seconds, and has begun nothing else: see interrupts."""
+    end_quietly()
+    try:
+        with garbage_kept():
+            yield
+    finally:
+        raise_again()
 
 
 def _weightd_starting(model: str, options: argparse.Namespace) -> AbstractContextManager[None]:
