@@ -32,7 +32,7 @@ PLAIN = ("llama-1.3b", "opt-1.3b", "olmoe-1b-7b")
 BLOCKS = ("llama-1.3b-q8_0", "llama-1.3b-q4_0", "olmoe-1b-7b-q4_0")
 MODELS = (*PLAIN, *BLOCKS, *PACKAGED, *(name + KEPT for name in PACKAGED))
 # Of OLMoE-1B-7B's 16: three processes hold the model at once, and its files are three.
-LAYERS_OF = {"olmoe-1b-7b": 4, "olmoe-1b-7b-q4_0": 4}
+LAYERS_OF = {"olmoe-1b-7b": 4}
 
 
 @dataclass(frozen=True)
