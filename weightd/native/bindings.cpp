@@ -19,8 +19,11 @@
 #include "device/block_size.h"
 #include "device/checksum.h"
 #include "device/measure.h"
+#include "device/populator.h"
 #include "device/reader.h"
+#include "device/shared_memory.h"
 #include "encoding_argument.h"
+#include "huge_pages.h"
 #include "memory/model_cost.h"
 #include "service/engine_thread.h"
 
@@ -183,6 +186,11 @@ nb::tuple probe_io_uring() {
     } catch (const std::system_error& error) {
         return nb::make_tuple("", std::string(error.what()));
     }
+}
+
+bool probe_huge_pages() {
+    const weightd::SharedMemory memory("weightd-probe", weightd::HUGE_PAGE_BYTES);
+    return weightd::give_huge_pages(memory.bytes());
 }
 
 void bind_errors(nb::module_& module) {
@@ -442,4 +450,5 @@ NB_MODULE(_native, module) {
                "io_engine"_a, "verify"_a, "Reads a file with O_DIRECT for a while; counts, seconds and CPU seconds.");
     module.def("probe_io_uring", &probe_io_uring,
                "(level, note): what io_uring gives this process; level is empty if nothing.");
+    module.def("probe_huge_pages", &probe_huge_pages, "Whether weights in memory get huge pages.");
 }

@@ -9,6 +9,7 @@
 #include <cerrno>
 #include <utility>
 
+#include "huge_pages.h"
 #include "ring/system_error.h"
 
 namespace flashclient {
@@ -94,7 +95,7 @@ PoolMemory::PoolMemory() : owner_(::getpid()) {
 bool PoolMemory::map(uint32_t number, int fd, size_t bytes) {
     const std::lock_guard guard(lock_);
     void* mapped = MAP_FAILED;
-    if (!revoked()) mapped = ::mmap(nullptr, bytes, PROT_READ, MAP_SHARED, fd, 0);
+    if (!revoked()) mapped = weightd::map_for_huge_pages(bytes, PROT_READ, MAP_SHARED, fd);
     const int error = errno;
     ::close(fd);
     if (revoked()) return false;

@@ -21,6 +21,7 @@
 #include <utility>
 #include <vector>
 
+#include "huge_pages.h"
 #include "ring/system_error.h"
 
 namespace flashclient {
@@ -69,7 +70,7 @@ Message receive(int socket, void* data, size_t bytes, int flags) {
 }
 
 std::byte* map(int fd, size_t bytes, int protection, int flags, const char* what) {
-    void* mapped = ::mmap(nullptr, bytes, protection, flags, fd, 0);
+    void* mapped = weightd::map_for_huge_pages(bytes, protection, flags, fd);
     ::close(fd);
     if (mapped == MAP_FAILED) fail(what);
     return static_cast<std::byte*>(mapped);

@@ -6,26 +6,12 @@
 
 #include <cstring>
 #include <fstream>
-#include <sstream>
+
+#include "huge_pages.h"
+#include "smaps.h"
 
 namespace weightd {
 namespace {
-
-constexpr size_t HUGE_PAGE_BYTES = 2U << 20;
-
-// The line `name` of the mapping that begins at `address`, as /proc/self/smaps tells it.
-std::string smaps_line(const void* address, const std::string& name) {
-    std::ifstream maps("/proc/self/smaps");
-    std::ostringstream begin;
-    begin << std::hex << reinterpret_cast<uintptr_t>(address) << "-";
-    bool inside = false;
-    for (std::string line; std::getline(maps, line);) {
-        const bool heading = line.find('-') < line.find(' ');
-        if (heading) inside = line.rfind(begin.str(), 0) == 0;
-        if (inside && line.rfind(name, 0) == 0) return line;
-    }
-    return "";
-}
 
 bool has_flag(const void* address, const std::string& flag) {
     return (smaps_line(address, "VmFlags:") + " ").find(" " + flag + " ") != std::string::npos;

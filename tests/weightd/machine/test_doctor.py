@@ -113,8 +113,9 @@ def test_huge_pages(tmp_path: Path) -> None:
     setting = tmp_path / "shmem_enabled"
     for text, level in (("always [advise] never", doctor.OK), ("always advise [never]", doctor.WARN)):
         setting.write_text(text)
-        assert doctor.check_huge_pages(setting).level == level
-    assert doctor.check_huge_pages(tmp_path / "none").level == doctor.WARN
+        assert doctor.check_huge_pages(False, setting).level == level
+    assert doctor.check_huge_pages(False, tmp_path / "none").level == doctor.WARN
+    assert doctor.check_huge_pages(True, tmp_path / "none").level == doctor.OK
 
 
 def test_pressure_is_told_or_not(tmp_path: Path) -> None:

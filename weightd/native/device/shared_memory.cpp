@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "device/system_error.h"
+#include "huge_pages.h"
 
 #ifndef F_SEAL_FUTURE_WRITE
 #define F_SEAL_FUTURE_WRITE 0x0010
@@ -18,8 +19,6 @@
 
 namespace weightd {
 namespace {
-
-constexpr size_t HUGE_PAGE_BYTES = 2U << 20;
 
 void check(int result, const char* what) {
     if (result < 0) fail(what);
@@ -39,10 +38,10 @@ SharedMemory::SharedMemory(const char* name, size_t bytes) : bytes_(bytes) {
     check(owned_.get(), "memfd_create");
     check(::fchmod(owned_.get(), 0400), "fchmod of a memfd");
     check(::ftruncate(owned_.get(), static_cast<off_t>(bytes)), "ftruncate of a memfd");
-    void* mapped = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, owned_.get(), 0);
+    void* mapped = map_for_huge_pages(bytes, PROT_READ | PROT_WRITE, MAP_SHARED, owned_.get());
     if (mapped == MAP_FAILED) fail("mmap of a memfd");
     data_ = static_cast<std::byte*>(mapped);
-    // Has an effect where shmem_enabled says "advise". Only for whole huge pages: older kernels (6.1) give a last part
+    // Has an effect where shmem_enabled says "advise"; elsewhere the populator asks for each. Only for whole huge pages: older kernels (6.1) give a last part
     // a huge page that goes beyond the end, which is more memory than the account has granted.
     const size_t whole_bytes = bytes / HUGE_PAGE_BYTES * HUGE_PAGE_BYTES;
     if (whole_bytes > 0) ::madvise(data_, whole_bytes, MADV_HUGEPAGE);

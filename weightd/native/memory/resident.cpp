@@ -62,6 +62,8 @@ SharedMemory load_file(const char* name, const std::string& path, uint64_t bytes
     } catch (const CorruptResident&) {
         read();
     }
+    populator.withdraw(memory.bytes());
+    give_huge_pages(memory.bytes());
     memory.seal();
     return memory;
 }
