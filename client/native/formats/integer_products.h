@@ -155,7 +155,7 @@ struct QuadRows {
     }
     LANE void prefetch(size_t offset, size_t bytes) const {
         for (size_t r = 0; r < QUAD; r++) {
-            for (size_t line = 0; line < bytes; line += LINE_BYTES) __builtin_prefetch(row[r] + offset + line + 1024, 0, 2);
+            for (size_t line = 0; line < bytes; line += LINE_BYTES) __builtin_prefetch(ahead[r] + offset + line, 0, 2);
         }
     }
 };

@@ -41,8 +41,9 @@ SharedMemory::SharedMemory(const char* name, size_t bytes) : bytes_(bytes) {
     void* mapped = map_for_huge_pages(bytes, PROT_READ | PROT_WRITE, MAP_SHARED, owned_.get());
     if (mapped == MAP_FAILED) fail("mmap of a memfd");
     data_ = static_cast<std::byte*>(mapped);
-    // Has an effect where shmem_enabled says "advise"; elsewhere the populator asks for each. Only for whole huge pages: older kernels (6.1) give a last part
-    // a huge page that goes beyond the end, which is more memory than the account has granted.
+    // Has an effect where shmem_enabled says "advise"; elsewhere the populator asks for each. Only for whole huge
+    // pages: older kernels (6.1) give a last part a huge page that goes beyond the end, which is more memory than the
+    // account has granted.
     const size_t whole_bytes = bytes / HUGE_PAGE_BYTES * HUGE_PAGE_BYTES;
     if (whole_bytes > 0) ::madvise(data_, whole_bytes, MADV_HUGEPAGE);
     if (whole_bytes < bytes) ::madvise(data_ + whole_bytes, bytes - whole_bytes, MADV_NOHUGEPAGE);
