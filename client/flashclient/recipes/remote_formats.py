@@ -345,6 +345,7 @@ _BAICHUAN = RemoteFormat(
 # Kimi K2 is DeepSeek-V3 under another name
 
 _KIMI_K2 = RemoteFormat("deepseek_v3", "DeepseekV3ForCausalLM")
+_MIMO = RemoteFormat("qwen2", "Qwen2ForCausalLM")  # and layers that predict further tokens, which are left out
 
 
 # Falcon as it was first published
@@ -380,6 +381,7 @@ REMOTE_FORMATS: dict[str, RemoteFormat] = {
     "internlm2": _INTERNLM2,
     "baichuan": _BAICHUAN,
     "kimi_k2": _KIMI_K2,
+    "mimo": _MIMO,
     "RefinedWebModel": _FALCON_7B,
     "RefinedWeb": _FALCON_40B,
 }

@@ -34,6 +34,7 @@ from flashclient.errors import ModelError
 from flashclient.recipes.published import parse_activation, published
 from flashclient.recipes.reference import amend
 from flashclient.recipes.remote_formats import PREDICTORS
+from flashclient.tensors.names import FURTHER_TOKENS
 from weightd_proto import weightd_pb2
 
 MISTRAL_CLASS: Any = transformers.MistralForCausalLM
@@ -287,6 +288,16 @@ def test_kimi_k2_is_deepseek_v3() -> None:
     found = published({"model_type": "kimi_k2", "auto_map": {"AutoModel": "x.Y"}, "n_routed_experts": 384})
     assert found.config["architectures"] == ["DeepseekV3ForCausalLM"]
     assert AutoConfig.for_model(**found.config).n_routed_experts == 384
+
+
+@torch.no_grad()
+def test_mimo_is_qwen2_without_the_layers_that_predict_further_tokens(tmp_path: Path) -> None:
+    config = LLAMA | {"model_type": "qwen2", "tie_word_embeddings": False}
+    reference: Any = CAUSAL.from_config(AutoConfig.for_model(**config))
+    state = state_of(reference)
+    of_mimo = config | {"model_type": "mimo", "num_nextn_predict_layers": 1, "attention_bias": True}
+    torch.testing.assert_close(logits_of(of_mimo, state, tmp_path), reference.eval()(input_ids=IDS).logits)
+    assert FURTHER_TOKENS.search("model.mtp_layers.0.input_proj.weight")
 
 
 @pytest.mark.parametrize("model_type", ["RefinedWebModel", "RefinedWeb"])

@@ -234,6 +234,14 @@ def test_a_bundles_file_cut_short_before_the_start_is_one_line(store: Path, mode
     assert log.count("\n") == 1
 
 
+def test_resident_weights_that_are_missing_are_named_with_the_remedy(store: Path, model: TinyModel) -> None:
+    (store / "tiny" / RESIDENT_FILE).unlink()
+    with serving(store, "--dram", "64MiB") as daemon:
+        message = r"tiny/resident\.safetensors is missing: import or calibrate the model again"
+        with pytest.raises(CorruptionError, match=message), source_of(daemon):
+            pass
+
+
 def test_a_damaged_model_keeps_none_of_the_others_from_being_served(store: Path, model: TinyModel) -> None:
     whole = write_model(store, "whole", seed=6)
     os.truncate(store / "tiny" / BUNDLES_FILE, 5 * CELL_BYTES)

@@ -41,11 +41,20 @@ void read_all(const DirectFile& file, const SharedMemory& memory, const ReaderCh
     }
 }
 
+DirectFile open_file(const std::string& path, const ReaderChoice& choice) {
+    try {
+        return DirectFile(path, choice.allow_buffered);
+    } catch (const std::system_error& error) {
+        if (error.code() != std::errc::no_such_file_or_directory) throw;
+        throw CorruptResident(path + " is missing: import or calibrate the model again");
+    }
+}
+
 // `check` throws CorruptResident. As with bundles, the file is read once more in case only the transfer failed.
 SharedMemory load_file(const char* name, const std::string& path, uint64_t bytes, const ReaderChoice& choice,
                        const std::function<void()>& on_progress,
                        const std::function<void(const SharedMemory&)>& check) {
-    const DirectFile file(path, choice.allow_buffered);
+    const DirectFile file = open_file(path, choice);
     if (file.size_bytes() != bytes) {
         throw CorruptResident(path + " has " + std::to_string(file.size_bytes()) + " bytes where the catalog says " +
                               std::to_string(bytes) + ": import or calibrate the model again");
