@@ -38,10 +38,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def example(start: str) -> list[str]:
-    """The README's only command that begins with `start`, without the explanation behind it."""
-    found = [re.split(r"\s{3,}", line)[0] for line in COMMANDS if line.startswith(start)]
+    """The README's only command that begins with `start`, without the remark behind it."""
+    found = [line for line in COMMANDS if line.startswith(start)]
     assert len(found) == 1, found
-    return shlex.split(found[0])
+    return shlex.split(found[0], comments=True)
 
 
 def run(command: list[str], folder: Path) -> str:

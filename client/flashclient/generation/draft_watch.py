@@ -119,6 +119,9 @@ def _watch(generator: Any, watch: DraftWatch) -> None:
 
     def update_candidate_strategy(*positional: Any, **named: Any) -> None:
         if drafted:
+            # From these transformers would learn how sure a draft must be, and import scikit-learn: that takes seconds.
+            for noted in (getattr(generator, "probs", []), getattr(generator, "matches", [])):
+                noted.clear()
             update(*positional, **named)
 
     generator.get_candidates, generator.update_candidate_strategy = get_candidates, update_candidate_strategy

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from flashclient.generation.draft_watch import FIRST_STAY_PASSES, TRIED_PASSES, DraftWatch
+from flashclient.generation.draft_watch import FIRST_STAY_PASSES, TRIED_PASSES, DraftWatch, watched
 
 DRAFT_S, CHECK_S = 1.0, 1.0
 
@@ -55,3 +57,25 @@ def test_with_sampling_time_decides_nothing() -> None:
         return run(500, lambda drafting, length: 1 + drafting * draft_s + length % 3, lambda length: length % 4, False)
 
     assert decisions(0.0) == decisions(100.0)
+
+
+def test_transformers_learns_no_threshold_for_which_it_would_import_scikit_learn() -> None:
+    seen: list[int] = []
+
+    class Generator:
+        def __init__(self) -> None:
+            self.probs, self.matches = [0.5] * 9, [1, 0] * 4
+
+        def get_candidates(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, None]:
+            return input_ids, None
+
+        def update_candidate_strategy(self, num_matches: int) -> None:
+            self.matches.extend([1] * num_matches)
+            seen.append(len(self.probs))
+
+    model = SimpleNamespace(_get_candidate_generator=Generator)
+    with watched(model, DraftWatch(timed=True)):
+        generator = model._get_candidate_generator()
+        generator.get_candidates(torch.ones(1, 4))
+        generator.update_candidate_strategy(num_matches=2)
+    assert seen == [0]  # it needs six
