@@ -30,12 +30,14 @@ if [[ ! -x .venv/bin/python ]]; then python3 -m venv .venv; fi
 PATH=$PWD/.venv/bin:$PATH
 unset PYTHONDONTWRITEBYTECODE # without bytecode, each process that imports torch and transformers compiles for 8 s
 if [[ $(inputs | sha256sum) != "$(cat .venv/inputs 2>/dev/null)" ]]; then
-    echo "setting up .venv" >&2
+    echo "setting up .venv: builds the C++ parts, and installs torch and others the first time (some ten minutes)" >&2
     pip install -q -c constraints.txt "scikit-build-core>=1.0" "nanobind>=2.9" "grpcio-tools>=1.80" ninja
     if [[ ! -f .venv/inputs ]]; then # the first time: what takes one processor, beside compiling
         pip install -q --no-deps --no-compile -r constraints.txt & # Python compiles what is imported
+        trap "kill $! 2>/dev/null" EXIT # Ctrl-C does not reach it
         pip install -q --no-deps --no-build-isolation -e .
         wait $!
+        trap - EXIT
     fi
     pip install -q -c constraints.txt --no-build-isolation -e ".[dev,demo]"
     inputs | sha256sum >.venv/inputs
