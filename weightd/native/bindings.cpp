@@ -159,6 +159,12 @@ uint64_t minimum_dram_bytes(uint64_t resident_bytes, uint32_t cell_bytes, uint32
     return weightd::minimum_dram_bytes(spec);
 }
 
+uint64_t catalog_bytes(uint32_t cells, uint32_t neurons) {
+    weightd::ModelSpec spec;
+    spec.layers.push_back({0, neurons, cells, 0, 0, 0});
+    return weightd::catalog_bytes(spec);
+}
+
 // Paths come as std::filesystem::path: its caster gives the bytes that the system knows, whatever the locale.
 uint32_t block_size_bytes(const std::filesystem::path& path) { return weightd::block_size_bytes(path); }
 uint32_t sector_size_bytes(const std::filesystem::path& path) { return weightd::sector_size_bytes(path); }
@@ -295,6 +301,8 @@ void bind_engine(nb::module_& module) {
                     "neurons"_a, "experts"_a = 0,
                     "The smallest --dram with which such a model can be served; all its layers together. Its pool has "
                     "POOL_SLOTS_MIN slots.")
+        .def_static("catalog_bytes", &catalog_bytes, "cells"_a, "neurons"_a,
+                    "What such a model takes of --dram from the start, used or not; part of its minimum_dram_bytes().")
         .def_static("share_slots", &weightd::share_slots, "left"_a, "wanted"_a, "cells"_a,
                     "The share of a session that wants so many slots (0: no preference) of those that are left.");
 }

@@ -14,6 +14,7 @@ from daemon import serving
 from flashclient import FlashClient
 from flashclient.errors import ShareError
 from weightd import cli
+from weightd.machine.budget import minimum_beside
 from weightd.serving.served_models import demand_of
 from weightd.store.store import Store
 
@@ -50,7 +51,8 @@ def refused(store: Path, dram: str, names: Sequence[str]) -> tuple[int, str]:
 )
 def test_what_is_said_is_enough(store: Path, names: Sequence[str]) -> None:
     with Store.open(store, readonly=True) as opened:
-        dram = str(demand_of(opened.model(names[0])).minimum_bytes)
+        demands = {record.name: demand_of(record) for record in opened.models()}
+    dram = str(minimum_beside(demands[names[0]], list(demands.values())))
     served = 0
     for _ in names:
         number, words = refused(store, dram, names)

@@ -23,8 +23,14 @@ class ModelDemand:
     """How much of --dram one model needs."""
 
     name: str
-    minimum_bytes: int  # it cannot be served with less
+    minimum_bytes: int  # alone in a store it cannot be served with less
     full_bytes: int  # resident weights, every cell, tables and room for a calibration: it can use no more
+    catalog_bytes: int = 0  # part of the minimum, which it takes beside other models even while nobody uses it
+
+
+def minimum_beside(demand: ModelDemand, demands: Sequence[ModelDemand]) -> int:
+    """With this much of --dram a model of a store can be served."""
+    return demand.minimum_bytes + sum(other.catalog_bytes for other in demands if other != demand)
 
 
 def chosen_dram_bytes(dram: Amount, demands: Sequence[ModelDemand]) -> int:
@@ -38,7 +44,9 @@ def chosen_dram_bytes(dram: Amount, demands: Sequence[ModelDemand]) -> int:
         dram_bytes = default_dram_bytes(limits, demands)
     check_dram(dram_bytes, limits, demands, dram.percent)
     for demand in unservable(dram_bytes, demands):
-        logger.warning("%s cannot be served: it needs --dram %s", demand.name, format_enough(demand.minimum_bytes))
+        logger.warning(
+            "%s cannot be served: it needs --dram %s", demand.name, format_enough(minimum_beside(demand, demands))
+        )
     if dram_bytes > (free := free_bytes(limits)):
         logger.warning("--dram %s is more than the %s free now", format_size(dram_bytes), format_size(free))
     return dram_bytes
@@ -131,6 +139,7 @@ def _most(limit_bytes: int, as_percent: bool) -> str:
 
 def _minimums(demands: Sequence[ModelDemand]) -> str:
     return "; ".join(
-        f"{demand.name} needs at least {format_enough(demand.minimum_bytes)} (resident weights, tables, a few cells)"
+        f"{demand.name} needs at least {format_enough(minimum_beside(demand, demands))} "
+        "(resident weights, tables, a few cells)"
         for demand in demands
     )

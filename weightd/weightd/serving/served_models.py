@@ -315,7 +315,8 @@ def demand_of(model: weightd_pb2.Model) -> ModelDemand:
     # The pool of each table may leave a part of a segment unused.
     unused_bytes = sum(min(SEGMENT_BYTES_MAX, table.bundles_file_bytes) for table in model.tables)
     minimum_bytes = sum(demand.minimum_bytes for demand in demands) + unused_bytes
-    return ModelDemand(model.name, minimum_bytes, sum(demand.full_bytes for demand in demands) + unused_bytes)
+    full_bytes = sum(demand.full_bytes for demand in demands) + unused_bytes
+    return ModelDemand(model.name, minimum_bytes, full_bytes, sum(demand.catalog_bytes for demand in demands))
 
 
 def _demand_of_record(model: weightd_pb2.Model) -> ModelDemand:
@@ -329,7 +330,8 @@ def _demand_of_record(model: weightd_pb2.Model) -> ModelDemand:
     minimum_bytes = EngineThread.minimum_dram_bytes(resident_bytes, cell_bytes, cells, bundles, experts)
     bundles_bytes = cells * cell_bytes
     calibration_bytes = 0 if module_of(model.name) else bundles_bytes // CALIBRATION_SHARE + CALIBRATION_BYTES
-    return ModelDemand(model.name, minimum_bytes, minimum_bytes + bundles_bytes + calibration_bytes)
+    full_bytes = minimum_bytes + bundles_bytes + calibration_bytes
+    return ModelDemand(model.name, minimum_bytes, full_bytes, EngineThread.catalog_bytes(cells, bundles))
 
 
 def ranges_of(model: weightd_pb2.Model) -> int:
