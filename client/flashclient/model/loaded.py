@@ -142,10 +142,20 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     if not any(path for pattern in VOCABULARY_PATTERNS for path in folder.glob(pattern)) or _needs_code(folder):
         return None
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = _template_of_processor(folder)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:  # padding is masked: any token will do
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
+
+
+def _template_of_processor(folder: Path) -> str | None:
+    """The chat template of a multimodal model's processor, which has a file of its own (Mistral Small 3.1)."""
+    file = folder / "chat_template.json"
+    values = json.loads(file.read_bytes()) if file.exists() else None
+    found = values.get("chat_template") if isinstance(values, dict) else None
+    return found if isinstance(found, str) else None
 
 
 def _needs_code(folder: Path) -> bool:

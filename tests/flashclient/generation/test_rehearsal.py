@@ -245,6 +245,22 @@ def test_tokenizer_that_needs_code_of_its_own_is_left_alone(
     assert (load_tokenizer(store.files_path("m")) is not None) == loads
 
 
+@pytest.mark.parametrize(
+    ("own", "of_processor", "found"),
+    [(None, {"chat_template": "p"}, "p"), ("t", {"chat_template": "p"}, "t"), (None, [], None)],
+)
+def test_chat_template_of_a_processor_is_taken_where_the_tokenizer_has_none(
+    own: str | None, of_processor: Any, found: str | None, tmp_path: Path
+) -> None:
+    from flashclient.model.loaded import load_tokenizer
+
+    tokenizer: Any = make_tokenizer()
+    tokenizer.chat_template = own
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "chat_template.json").write_text(json.dumps(of_processor))
+    assert getattr(load_tokenizer(tmp_path), "chat_template", "") == found
+
+
 def test_tokenizer_of_vocabulary_and_merges_is_a_tokenizer(tmp_path: Path) -> None:
     from flashclient.model.loaded import load_tokenizer
 
