@@ -147,7 +147,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"configuration_files": ["config.new.json"]}, r"names config\.new\.json, which is of no version"),
     *(
         ("llama", {"quantization_config": {"quant_method": method}}, rf"is quantised \({method}\)")
-        for method in ("quanto", "hqq", "auto-round")
+        for method in ("quanto", "hqq", "aqlm")
     ),
     ("llama", {"quantization_config": {}}, r"is quantised \(quantization_config = {}\)"),
     ("llama", {"compression_config": {"format": "x"}}, r"is quantised \(compression_config = "),
