@@ -327,7 +327,7 @@ def test_unknown_gguf_architecture(tmp_path: Path, store: Path, capsys: pytest.C
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    message = "unknown GGUF architecture 'rwkv7': known are bloom, falcon, gemma2, gemma3, gpt-oss, gpt2,"
+    message = "unknown GGUF architecture 'rwkv7': known are arcee, bloom, ernie4_5, falcon, gemma, gemma2,"
     assert_refused(tmp_path / "bad.gguf", store, message, capsys)
 
 
