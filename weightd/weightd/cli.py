@@ -480,13 +480,19 @@ def _progress(what: str, terminal: TextIO | None = None) -> Iterator[Progress | 
         return
     from tqdm import tqdm
 
-    with tqdm(desc=what, unit="B", unit_scale=True, unit_divisor=1024, file=terminal) as bar:
+    bar: tqdm[Any] | None = None  # from the first bytes on, so that what comes before them does not count
 
-        def advance(read_bytes: int, total_bytes: int) -> None:
-            bar.total = total_bytes
-            bar.update(read_bytes)
+    def advance(read_bytes: int, total_bytes: int) -> None:
+        nonlocal bar
+        if bar is None:
+            bar = tqdm(desc=what, total=total_bytes, unit="B", unit_scale=True, unit_divisor=1024, file=terminal)
+        bar.update(read_bytes)
 
+    try:
         yield advance
+    finally:
+        if bar is not None:
+            bar.close()
 
 
 if __name__ == "__main__":

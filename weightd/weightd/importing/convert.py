@@ -95,8 +95,8 @@ def import_checkpoint(
     `replaces`: the import_id of the model of that name that is to be replaced.
     `ask`: the client that started the import; by default a child process is asked.
     `activation`: what the FFNs compute, whatever the configuration says; see flashclient.recipes.published.
-    `tell`: is told what a user should know, for example which tensors the model does not use; and what the model takes
-    on the disk, if somebody watches the `progress`.
+    `tell`: is told what a user should know, for example which tensors the model does not use; and what is tried, and
+    what the model takes on the disk, if somebody watches the `progress`.
     `tables_above_bytes`: embeddings that are larger, and only looked up, become tables.
     `layout`: neuron, slab, or empty: slabs where they keep what is quantised.
     `resident_request`: how matrices outside the FFNs are stored; see resident_format().
@@ -112,6 +112,8 @@ def import_checkpoint(
         origin.resident_dtype = resident_request
         with nullcontext(ask) if ask is not None else child() as asked:
             checkpoint = open_checkpoint(path)
+            if tell is not None and progress is not None:
+                tell(f"trying a tiny model of the type of {name}, and whether weightd can stream it")
             recipe = derive(checkpoint, asked, activation)
             block_bytes, sector_bytes = _device_sizes(staging)
             sizes = (block_bytes, full_speed_read_bytes(store), sector_bytes)
