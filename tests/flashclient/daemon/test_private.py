@@ -146,7 +146,7 @@ def test_a_private_daemon_that_is_killed_is_started_again(store: Path, transport
 
 
 def test_a_private_daemon_that_fails_again_is_one_error(store: Path) -> None:
-    with FlashClient("tiny", store=store, timeout_s=20.0) as client:
+    with FlashClient("tiny", store=store, timeout_s=60.0) as client:
         client.generate(IDS, max_new_tokens=2)
         (daemon,) = daemons_of(store)
         (store / "catalog.mdb").rename(store / "away.mdb")
