@@ -18,9 +18,9 @@ from weightd import _native
 from weightd.disk.gguf_names import parts_of
 from weightd_proto import weightd_pb2
 
-# The kinds of files that an import may read. An edited README does not change the checkpoint.
-SUFFIXES = {".safetensors", ".bin", ".gguf", ".json", ".model", ".txt", ".tiktoken", ".jinja"}
 WEIGHTS = {".safetensors", ".bin", ".gguf"}
+# The kinds of files that an import may read. An edited README does not change the checkpoint.
+SUFFIXES = WEIGHTS | {".json", ".model", ".txt", ".tiktoken", ".jinja"}
 FOLDERS = ("chat_templates", "additional_chat_templates")
 SAMPLES = 32
 SAMPLE_BYTES = 4096
