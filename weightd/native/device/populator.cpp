@@ -48,7 +48,7 @@ Populator::~Populator() {
 void Populator::add(std::span<std::byte> memory) {
     {
         const std::lock_guard guard(lock_);
-        queue_.push_back({memory, memory, false});
+        queue_.push_back({memory, memory});
     }
     changed_.notify_all();
 }
@@ -75,14 +75,15 @@ void Populator::work() {
         const std::span<std::byte> step = work.left.first(std::min(STEP_BYTES, work.left.size()));
         populating_ = true;
         guard.unlock();
-        give_huge_pages(step);
+        const bool given = give_huge_pages(step);
         // Where the kernel refuses it, the first use of each page clears it.
         const bool refused = !work.again && !populate(step);
         guard.lock();
         populating_ = false;
         work.left = work.left.subspan(refused ? work.left.size() : step.size());
-        // Once more for the places that were being read into.
-        if (work.left.empty() && !std::exchange(work.again, true)) work.left = work.memory;
+        work.missed |= !given;
+        // Some were perhaps being read into.
+        if (work.left.empty() && work.missed && !std::exchange(work.again, true)) work.left = work.memory;
         if (work.left.empty()) {
             complete_.push_back(work.memory);
             queue_.pop_front();

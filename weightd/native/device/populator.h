@@ -33,7 +33,8 @@ class Populator {
     struct Work {
         std::span<std::byte> memory;
         std::span<std::byte> left;
-        bool again = false;
+        bool missed = false;  // a place got no huge page
+        bool again = false;   // all have their pages: those places are asked for once more
     };
     void work();
 
