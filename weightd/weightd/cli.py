@@ -288,7 +288,7 @@ def _import(options: argparse.Namespace) -> None:
     above_bytes = options.tables_above
     terminal = None if options.progress_fd is None else os.fdopen(options.progress_fd, "w")
     tell = partial(_tell, terminal)
-    with Store.open(options.store, create=True) as store, _progress("importing", terminal) as progress:
+    with Store.made(options.store) as store, _progress("importing", terminal) as progress:
         if options.update:
             model, done = update(
                 source,

@@ -17,21 +17,27 @@ from flashclient.commands.keywords import in_flags
 from flashclient.commands.opening import open_client
 from flashclient.commands.sampling import add_sampling_flags, sampling_arguments, seed_sampling
 from flashclient.errors import FlashClientError, OptionError
-from flashclient.generation.conversation import Conversation
+from flashclient.generation.conversation import Conversation, template_of_texts
+from flashclient.generation.prompts import require_tokenizer
 from flashclient.generation.stop_texts import until_stop
 from flashclient.standard_streams import complain, say
 
 PROMPT, PROMPT_MORE = "> ", "… "
 CONTINUES = "\\"  # at the end of a line: the message goes on
 COMMAND = re.compile(r"/([A-Za-z]*)(?:\s+(.*))?", re.DOTALL)  # a path and a comment of C are messages
-HELP = """\
-/help           this list
-/system TEXT    begin anew with this system prompt; without TEXT, with none
-/reset          begin anew
-/undo           remove the last message and its answer
-/again          another answer to the last message
-/stats          speed, bytes read and hit rate of the last answer
-/exit           end; so does Ctrl-D
+# By command; those of a conversation and those of a text. What Ctrl-C does stands below them.
+HELP = {
+    "help": "this list",
+    "system TEXT": "begin anew with this system prompt; without TEXT, with none",
+    "more": "go on with the text",
+    "reset": "begin anew",
+    "undo": "remove the last message and its answer",
+    "again": "another answer to the last message",
+    "stats": "speed, bytes read and hit rate of the last answer",
+    "exit": "end; so do Ctrl-D, and Ctrl-C at an empty prompt",
+}
+ONLY_CHATS, ONLY_TEXTS = "system", "more"
+KEYS = """\
 A line that ends with \\ goes on in the next one; what is pasted is one message. Ctrl-C stops an answer, once its first
 word is there, and drops a line."""
 
@@ -53,21 +59,24 @@ def run(options: argparse.Namespace) -> int:
     """The command, also after `flashclient run` has prepared the model."""
     arguments = sampling_arguments(options)
     with open_client(options, mode=options.mode, window=options.window, kv_dtype=options.kv_dtype) as client:
-        _check_template(client)
+        tokenizer = require_tokenizer(client.tokenizer, "its ids to generate() in Python")
+        is_base = tokenizer.chat_template is None
+        if is_base:
+            if options.system:
+                raise OptionError(f"{_no_template(client)}, so it has no system prompt: leave --system out")
+            arguments |= {"chat_template": template_of_texts(tokenizer), "add_generation_prompt": False}
         seed_sampling(options)
-        return _Chat(client, arguments, options).run()
+        return _Chat(client, arguments, options, is_base).run()
 
 
-def _check_template(client: Any) -> None:
-    if client.tokenizer is None or client.tokenizer.chat_template is None:
-        raise OptionError(
-            f"model '{client.record.name}' has no chat template, as base models have none: continue a text with "
-            "`flashclient generate`"
-        )
+def _no_template(client: Any) -> str:
+    return f"model '{client.record.name}' has no chat template, as base models have none"
 
 
 class _Chat:
-    def __init__(self, client: Any, arguments: dict[str, Any], options: argparse.Namespace) -> None:
+    """A conversation, or with a base model a text: what is said and answered, from line to line."""
+
+    def __init__(self, client: Any, arguments: dict[str, Any], options: argparse.Namespace, is_base: bool) -> None:
         self._client = client
         self._options = options
         self._terminal = sys.stdin.isatty()
@@ -75,14 +84,17 @@ class _Chat:
         self._conversation = Conversation(
             lambda messages: until_stop(client.chat(messages, stream=True, **arguments), options.stop), options.system
         )
+        self._is_base = is_base
         self._commands: dict[str, Callable[[str], None]] = {
-            "help": lambda _: say(HELP),
+            "help": lambda _: say(_help(is_base)),
             "system": self._begin,
+            "more": lambda _: self._say(""),
             "reset": lambda _: self._begin(self._conversation.system),
             "undo": self._undo,
             "again": self._again,
             "stats": lambda _: say(client.stats().table()),
         }
+        del self._commands[ONLY_CHATS if is_base else ONLY_TEXTS]
 
     def run(self) -> int:
         """Until the end of the input, /exit, or Ctrl-C at an empty line."""
@@ -94,6 +106,8 @@ class _Chat:
                 if os.environ.get("TERM", "dumb") != "dumb":  # others say where a pasted text ends
                     readline.parse_and_bind("set enable-bracketed-paste on")
             say(_banner(self._client))
+        if self._is_base:
+            complain("flashclient", f"{_no_template(self._client)}: it continues what you type, line after line")
         status = 0
         while (text := self._read()) is not None:
             asked = COMMAND.fullmatch(text)
@@ -159,7 +173,11 @@ class _Chat:
     def _begin(self, system: str) -> None:
         self._conversation.system = system
         self._conversation.turns.clear()
-        say("a new conversation" + (f" with the system prompt: {system}" if system else ""))
+        say(
+            "a new text"
+            if self._is_base
+            else "a new conversation" + (f" with the system prompt: {system}" if system else "")
+        )
 
     def _undo(self, _: str) -> None:
         asked = self._conversation.undo()
@@ -176,6 +194,11 @@ class _Chat:
         finally:
             if len(self._conversation.turns) < len(before):
                 self._conversation.turns = before  # there is no other answer
+
+
+def _help(is_base: bool) -> str:
+    left_out = ONLY_CHATS if is_base else ONLY_TEXTS
+    return "\n".join(f"/{name:<15}{what}" for name, what in HELP.items() if name.split()[0] != left_out) + f"\n{KEYS}"
 
 
 def _banner(client: Any) -> str:

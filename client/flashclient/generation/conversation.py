@@ -7,6 +7,18 @@ from typing import Any
 
 Message = dict[str, str]
 
+# As the text stands on a screen: what a user adds begins a line.
+TEXTS = (
+    "{% for m in messages %}{% if m['role'] == 'user' and m['content'] and not loop.first %}{{ '\n' }}{% endif %}"
+    "{{ m['content'] }}{% endfor %}"
+)
+
+
+def template_of_texts(tokenizer: Any) -> str:
+    """A chat template for base models, which have none: one text, which the model continues."""
+    begins = tokenizer("a").input_ids[0] == tokenizer.bos_token_id  # a tokenizer adds it to texts, not to templates
+    return "{{ bos_token }}" + TEXTS if begins else TEXTS
+
 
 class Conversation:
     """Messages of a user and a model, in turn.

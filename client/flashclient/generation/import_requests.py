@@ -34,8 +34,7 @@ def answer(request: ImportRequest) -> ImportResponse:
                 return ImportResponse(recipe=derive(request.derive))
         if request.WhichOneof("what") == "cost":
             return token_cost(request.cost.record, Path(os.fsdecode(request.cost.folder)))
-        rehearse(request.rehearse.record, Path(os.fsdecode(request.rehearse.folder)))
-        return ImportResponse()
+        return ImportResponse(notes=rehearse(request.rehearse.record, Path(os.fsdecode(request.rehearse.folder))))
     except (ModelError, RefusedFileError) as error:
         return ImportResponse(refusal=_in_utf8(str(error).replace("\n", "\\n")))
     except Exception as error:  # libraries raise anything for a configuration of unknown origin

@@ -40,8 +40,8 @@ def _zeros(record: weightd_pb2.Model) -> RepeatedSource:
     return RepeatedSource(record, resident, np.zeros(memory_bytes_min(record), np.uint8))
 
 
-def rehearse(record: weightd_pb2.Model, folder: Path) -> None:
-    """Builds the model of `record`, whose files are in `folder`, and makes a token with it.
+def rehearse(record: weightd_pb2.Model, folder: Path) -> list[str]:
+    """Builds the model of `record`, whose files are in `folder`, and makes a token with it. Returns notes for the user.
 
     Raises:
         RefusedFileError: a client could not do so.
@@ -60,6 +60,16 @@ def rehearse(record: weightd_pb2.Model, folder: Path) -> None:
             tokenizer("a")
     with _blamed(folder / GENERATION_CONFIG_NAME):
         model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, tokenizer=tokenizer)
+    return _notes(record.name, tokenizer)
+
+
+def _notes(name: str, tokenizer: Any) -> list[str]:
+    """What a conversation would lack."""
+    if tokenizer is None:
+        return [f"{name} has no tokenizer, so it takes token ids instead of text, and cannot chat"]
+    if tokenizer.chat_template is None:
+        return [f"{name} has no chat template, as base models have none: a chat continues its text"]
+    return []
 
 
 @contextmanager

@@ -88,11 +88,30 @@ def test_an_error_in_a_script_ends_it(daemon: Daemon) -> None:
     assert len(done.stdout) > 1
 
 
-def test_a_model_without_a_chat_template(daemon: Daemon) -> None:
-    done = run_here(main, "flashclient", "chat", "tiny-base", "--address", daemon.address, input="Hi\n")
+def test_a_base_model_continues_the_text(daemon: Daemon) -> None:
+    lines = "Once there\n/more\nand\n/undo\n/system be brief\n/help\n/reset\nOnce there\n"
+    flags = ("--max-new-tokens", "4", "--temperature", "0")
+    done = run_here(main, "flashclient", "chat", "tiny-base", "--address", daemon.address, *flags, input=lines)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("flashclient: model 'tiny-base' has no chat template, as base models have none: it ")
+    with FlashClient("tiny-base", address=daemon.address) as client:
+        text, pieces = "Once there", []
+        for typed in ("", "\nand", None):
+            pieces.append(client.generate(text, max_new_tokens=4, do_sample=False))
+            text += pieces[-1] + (typed or "")
+    said = done.stdout
+    assert said.startswith("".join(f"{piece}\n" for piece in pieces) + "removed: and\nthere is no command /system")
+    assert said.endswith(f"\na new text\n{pieces[0]}\n")
+    assert "/more " in said
+    assert "/system TEXT" not in said
+
+
+def test_a_base_model_has_no_system_prompt(daemon: Daemon) -> None:
+    flags = ("--address", daemon.address, "--system", "be brief")
+    done = run_here(main, "flashclient", "chat", "tiny-base", *flags, input="Hi\n")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("flashclient: model 'tiny-base' has no chat template")
-    assert "`flashclient generate`" in done.stderr
+    assert done.stderr.endswith("leave --system out\n")
 
 
 class Terminal:
@@ -215,3 +234,14 @@ def test_the_default_store() -> None:
     assert default_store({"XDG_DATA_HOME": "/data"}) == Path("/data/weightd")
     assert default_store({}) == Path.home() / ".local/share/weightd"
     assert default_store({"XDG_DATA_HOME": "relative"}) == Path.home() / ".local/share/weightd"
+
+
+def test_run_says_that_a_model_is_a_base_model_before_its_import(tmp_path: Path) -> None:
+    base = make_checkpoint("llama", tmp_path / "tiny-base")
+    terminal = Terminal(*COMMAND, "run", str(base), "--store", str(tmp_path / "s"), "--dram", "64MiB")
+    terminal.await_text("importing: 100%")
+    assert terminal.seen.index("tiny-base has no chat template") < terminal.seen.index("importing: ")
+    terminal.await_text("it continues what you type")
+    terminal.await_text("> ")
+    terminal.type("/exit\n")
+    assert terminal.end() == 0

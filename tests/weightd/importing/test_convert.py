@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,7 @@ from weightd import _native
 from weightd.checkpoint.opening import open_checkpoint
 from weightd.errors import CheckpointError, CorruptionError, SpaceError
 from weightd.importing.convert import import_checkpoint
+from weightd.sizes import parse_size
 from weightd.store.layout import bundle_layout, native_shape
 from weightd.store.store import Store
 from weightd.store.verify import verify_model
@@ -202,9 +204,39 @@ def test_no_space_is_refused_before_writing(tmp_path: Path, store: Store, monkey
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr("weightd.importing.convert.shutil.disk_usage", lambda _path: usage)
     source = make_checkpoint("llama", tmp_path / "model")
-    with pytest.raises(SpaceError, match=r"model needs 64.*MiB in .*, but 1000B are free"):
+    with pytest.raises(SpaceError, match=r"model needs .*KiB in .*, but .*KiB are free: make room$"):
         import_checkpoint(source, store)
     assert sorted(path.name for path in store.path.iterdir()) == ["catalog.mdb", "catalog.mdb-lock"]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "left_bytes", "remedy"),
+    [
+        ({"hidden": 128, "neurons": 640}, "keep", 2 << 20, "make room, or import with --dtype bf16"),
+        ({"hidden": 128, "neurons": 640}, "int8", 4 << 10, "make room"),
+        ({}, "keep", 4 << 10, "make room"),
+    ],
+)
+def test_bf16_is_advised_where_it_makes_enough_room(
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch, sizes: dict[str, Any], dtype: str, left_bytes: int,
+    remedy: str,
+) -> None:  # fmt: skip
+    source = make_checkpoint("llama", tmp_path / "model", **sizes)
+    usage = type("Usage", (), {"free": left_bytes})
+    monkeypatch.setattr("weightd.importing.convert.shutil.disk_usage", lambda _path: usage)
+    with pytest.raises(SpaceError, match=f"are free: {remedy}$"):
+        import_checkpoint(source, store, dtype=dtype)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"hidden": 128, "neurons": 640}, {"layers": 20}])
+def test_an_import_takes_what_it_says(tmp_path: Path, store: Store, sizes: dict[str, Any]) -> None:
+    source, said = make_checkpoint("llama", tmp_path / "model", **sizes), list[str]()
+    import_checkpoint(source, store, progress=lambda _read, _total: None, tell=said.append)
+    text = next(re.search(r"model takes (\S+) in", one) for one in said if "takes" in one)
+    assert text is not None
+    taken_bytes = sum(path.stat().st_blocks * 512 for path in store.path.rglob("*"))
+    assert taken_bytes <= parse_size(text[1]) <= taken_bytes + (1 << 20)
+    assert any("model has no chat template, as base models have none: a chat continues its text" in one for one in said)
 
 
 # Corruption
@@ -366,6 +398,7 @@ from pathlib import Path
 import torch, gguf, gguf.quants
 from weightd.checkpoint.opening import open_checkpoint
 from weightd.importing.convert import import_checkpoint
+from weightd.sizes import parse_size
 from weightd.store.store import Store
 import weightd.checkpoint.folder, weightd.checkpoint.gguf, weightd.disk.safetensors_file
 

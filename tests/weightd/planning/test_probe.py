@@ -50,7 +50,7 @@ def test_text_is_one_line_for_each_fact(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["probe", str(source)]) == 0
     first, *lines = capsys.readouterr().out.splitlines()
     assert first.startswith("tiny: LlamaForCausalLM; ")
-    assert [line.split()[0] for line in lines] == ["FFNs", "activation", "streamed", "resident"]
+    assert [line.split()[0] for line in lines] == ["FFNs", "activation", "streamed", "resident", "note"]
     assert "2 x 176 neurons, each the module model.layers.*.mlp (gate gate_proj.weight, " in lines[0]
 
 
@@ -68,7 +68,8 @@ def test_towers_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     (left_out,) = said["left_out"]
     assert "vision_tower" in left_out["tensors"]
     assert "only its text part runs" in left_out["reason"]
-    assert said["notes"] == ["only the text part of gemma3 runs"]
+    assert said["notes"][0] == "only the text part of gemma3 runs"
+    assert "has no tokenizer" in said["notes"][1]
 
 
 def test_refusals_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

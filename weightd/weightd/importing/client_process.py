@@ -88,11 +88,16 @@ def _as_bytes(config: Mapping[str, Any]) -> bytes:
     return json.dumps(dict(config)).encode()
 
 
-def check_runnable(record: Model, folder: Path, checkpoint: Path, ask: Ask) -> None:
-    """CheckpointError if a client could not use the files of `record` in `folder`, which came from `checkpoint`."""
+def check_runnable(record: Model, folder: Path, checkpoint: Path, ask: Ask) -> list[str]:
+    """What a user should know of the model. CheckpointError if a client could not use its files.
+
+    Args:
+        folder: has the files of `record`, which came from `checkpoint`.
+    """
     response = ask(ImportRequest(rehearse=RehearseRequest(record=record, folder=os.fsencode(folder))))
     if response.refusal:
         raise CheckpointError(f"no client could run {checkpoint}: {response.refusal}")
+    return list(response.notes)
 
 
 def starter(descriptor: int) -> Ask:

@@ -49,16 +49,17 @@ from weightd.store.origin import changed_weights, origin_of, source_text
 from weightd.store.staged_folder import space_errors, sync
 from weightd.store.store import FILES_FOLDER, Staging, Store, model_name_for
 from weightd_proto import weightd_pb2
+from weightd_proto.encodings import formats_of
 from weightd_proto.tables import with_tables
 from weightd_proto.weightd_pb2 import ResidentSource
 
 Tell = Callable[[str], None]
 Checksums = list[npt.NDArray[np.uint64]]
 
-# Twice the 12 bytes of a neuron: LMDB copies every page that it changes, and frees the old page later.
+# Of the catalog. LMDB copies every page that it changes, and frees the old page later.
+CATALOG_BYTES = 256 << 10
+CATALOG_BYTES_PER_LAYER = 2 * 2 * 4096  # a checksum and a number for each neuron, in pages of their own
 CATALOG_BYTES_PER_NEURON = 2 * 12
-# Config and tokenizer (33 MB for Gemma's vocabulary of 262144), and pages of LMDB.
-FILES_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -123,12 +124,15 @@ def import_checkpoint(
                     tell(note)
             model.record.source = source_text(path)
             model.record.origin.CopyFrom(origin)
+            files_folder = staging.folder / FILES_FOLDER
+            model.record.files.extend(write_files(checkpoint, recipe, files_folder))
             needed_bytes = _check_space(model.record, store.path)
             if tell is not None and progress is not None:
                 tell(f"{name} takes {format_size(needed_bytes)} in {store.path}")
-            files_folder = staging.folder / FILES_FOLDER
-            model.record.files.extend(write_files(checkpoint, recipe, files_folder))
-            check_runnable(model.record, files_folder, path, asked)
+            notes = check_runnable(model.record, files_folder, path, asked)
+            if tell is not None and progress is not None:
+                for note in notes:
+                    tell(note)
         checksums = _write(model, staging.folder, allow_buffered, progress)
         _check_unchanged(path, origin)
         staging.publish(model.record, *checksums)
@@ -230,17 +234,21 @@ def lay_out(
 
 
 def _check_space(record: weightd_pb2.Model, path: Path) -> int:
-    """The bytes that the model takes. SpaceError if there is no room for them."""
+    """The bytes that the model takes. SpaceError if there is no room for them. `record.files` are written already."""
     stored = with_tables(record)
-    neurons = sum(layer.neurons for one in stored for layer in one.layers)
-    bundles_bytes = sum(one.bundles_file_bytes for one in stored)
-    needed_bytes = bundles_bytes + record.resident_file_bytes + neurons * CATALOG_BYTES_PER_NEURON + FILES_BYTES
-    free_bytes = shutil.disk_usage(path).free
+    layers = [layer for one in stored for layer in one.layers]
+    weights_bytes = sum(one.bundles_file_bytes for one in stored) + record.resident_file_bytes
+    written_bytes = sum(file.size_bytes for file in record.files)
+    catalog_bytes = CATALOG_BYTES + len(layers) * CATALOG_BYTES_PER_LAYER
+    catalog_bytes += sum(layer.neurons for layer in layers) * CATALOG_BYTES_PER_NEURON
+    needed_bytes = weights_bytes + catalog_bytes + written_bytes
+    free_bytes = shutil.disk_usage(path).free + written_bytes
     if needed_bytes > free_bytes:
-        narrower = ", or import with --dtype bf16" if record.compute_dtype == "F32" else ""
+        is_fp32 = formats_of(record) == record.compute_dtype == "F32"
+        narrower = is_fp32 and needed_bytes - weights_bytes // 2 <= free_bytes
         raise SpaceError(
             f"{record.name} needs {format_size(needed_bytes)} in {path}, but {format_size(free_bytes)} are free: "
-            f"make room{narrower}"
+            f"make room{', or import with --dtype bf16' if narrower else ''}"
         )
     return needed_bytes
 

@@ -74,7 +74,7 @@ def probe(
         recipe.notes.extend(laid_out.notes)
         files = Path(scratch, FILES_FOLDER)
         write_files(checkpoint, recipe, files)
-        check_runnable(record, files, path, ask)
+        recipe.notes.extend(check_runnable(record, files, path, ask))
     return recipe, record
 
 

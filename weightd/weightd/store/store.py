@@ -139,6 +139,23 @@ class Store(Closing):
             store.clean()
         return store
 
+    @classmethod
+    @contextmanager
+    def made(cls, path: Path) -> Iterator[Store]:
+        """The store at `path`, made if the folder is empty or missing. After an error a new store without models goes.
+
+        Raises the errors of open().
+        """
+        missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+        is_new = not (path / CATALOG_FILE).exists()
+        with cls.open(path, create=True) as store:
+            try:
+                yield store
+            except BaseException:
+                if is_new:
+                    store._unmake(missing)
+                raise
+
     def close(self) -> None:
         """Gives back the daemon's lock, if it was claimed."""
         self._daemon_lock.close()
@@ -213,6 +230,7 @@ class Store(Closing):
         StoreError if the name is taken or is no model name, ImportingError if another process is importing it.
         """
         check_model_name(name)
+        self._create()  # again: the process that had made it may have removed it, because its own import failed
         with self.locked():
             self._refuse_taken(name, replaces)
             if marker_of(self.path, name) is not None:
@@ -283,6 +301,17 @@ class Store(Closing):
             raise StoreError(f"model {name!r} is already in {self.path}: rm it first, or import it as another --name")
         if os.path.lexists(self.path / name):
             raise StoreError(f"{self.path / name} is in the way and no model: move it, or import as another --name")
+
+    def _unmake(self, folders: Sequence[Path]) -> None:
+        """Removes the store if nothing is in it, and then those of `folders`, inner ones first, that are empty."""
+        files = {CATALOG_FILE, f"{CATALOG_FILE}-lock"}
+        with suppress(OSError, StoreError), self.locked():
+            if {entry.name for entry in self.path.iterdir()} != files or self.names():
+                return
+            for name in files:
+                (self.path / name).unlink()
+            for folder in folders:
+                folder.rmdir()
 
     def _create(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
