@@ -23,9 +23,14 @@ from collections.abc import Sequence
 
 
 class FlashClientError(Exception):
-    """The root of the tree above. A command prints its `str()`."""
+    """The root of the tree above. A command prints its `str()`.
+
+    Attributes:
+        status: the name of gRPC's status that the error stands for; empty for others.
+    """
 
     exit_status = 1
+    status = ""
 
 
 class OptionError(FlashClientError, TypeError, ValueError):

@@ -65,6 +65,7 @@ MAINS = {
     "install-service": "weightd.machine.service",
     "top": "weightd.watching.top",
 }
+SIGNALLED = 128  # and a signal's number: the status by which shells know what has ended a command
 REMOVED_WITHIN_S = 60.0  # deleting tens of GB takes seconds
 COMMANDS = ("import", "ls", "rm", "verify", *MAINS)
 
@@ -84,9 +85,9 @@ def _main(arguments: list[str]) -> int:
     except OSError as error:
         complain("weightd", one_line(_describe(error)))
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         complain("weightd", "interrupted")
-        return 1
+        return SIGNALLED + int(*interrupt.args or (signal.SIGINT,))
 
 
 def _run(arguments: list[str]) -> int:
@@ -127,7 +128,7 @@ def _ended_as_interrupted() -> Iterator[None]:
 
     def interrupt(number: int, _: object) -> None:
         signal.signal(number, signal.SIG_IGN)  # a second signal must not interrupt the undoing
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(number)
 
     ours = threading.current_thread() is threading.main_thread()
     ending = [

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from heapq import heappop, heappush
 from itertools import pairwise
 from pathlib import Path
@@ -26,12 +27,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flashclient._native import checksum
+from flashclient.batching.timed_calls import TimedCalls
 
 States = list[tuple[Tensor, Tensor]]  # keys and values of each layer, [heads, held, elements]
 PAGE_BYTES = 1 << 18
 PIECE_PAGES = 32  # that are read or written at once, and have one checksum
 ALIGNMENT_BYTES = 64
 RETRY_S = 600.0  # after which a device that was full is asked for more room again
+# For a piece. A device that takes longer hangs, or gives so little that keys and values are computed sooner.
+ANSWER_S = 5.0
 NAME = ".flashclient-kept-"  # of a file system that has no nameless files, for the moment before it is unlinked
 
 logger = logging.getLogger("flashclient.server")
@@ -58,8 +62,9 @@ class Pages:
 class KeptFile:
     """Not safe for several threads.
 
-    A device that is full or fails bounds the file to what it holds for RETRY_S; nothing else happens. The log has one
-    line for each kind of fault, because a device that fails does so at each request.
+    A device that is full or fails bounds the file to what it holds for RETRY_S; nothing else happens. One that hangs is
+    waited for once, for ANSWER_S, and counts as failing until it answers. The log has one line for each kind of fault,
+    because a device that fails does so at each request.
 
     Args:
         bytes_max: of the file.
@@ -71,6 +76,7 @@ class KeptFile:
     def __init__(self, folder: Path, bytes_max: int) -> None:
         self.folder = folder
         self._descriptor = _nameless(folder)
+        self._timed = TimedCalls(ANSWER_S)
         self._pages_asked = self._pages_held = bytes_max // PAGE_BYTES
         self._full_until_s = 0.0
         self._pages = 0  # of the file
@@ -80,7 +86,9 @@ class KeptFile:
         self.written_bytes = self.read_bytes = self.damaged = 0
 
     def close(self) -> None:
-        os.close(self._descriptor)
+        self._timed.close()
+        if not self._timed.hangs:  # else the number may be another file's before the call ends
+            os.close(self._descriptor)
 
     @property
     def _pages_max(self) -> int:
@@ -103,6 +111,8 @@ class KeptFile:
 
     def write(self, states: States) -> Pages | None:
         """Writes what there is room for. None where the device refuses."""
+        if self._timed.hangs:  # and reads self._piece
+            return None
         tensors = [one for pair in states for one in pair]
         before, checksums, at = self._pages, [], 0
         pages = self._taken(self.pages_for(states))
@@ -111,7 +121,7 @@ class KeptFile:
                 piece = self._piece[: len(run) * PAGE_BYTES]
                 _copy(tensors, at * PAGE_BYTES, piece)
                 checksums.append(checksum(piece))
-                _whole(os.pwritev, self._descriptor, piece, run[0] * PAGE_BYTES)
+                self._timed(partial(_whole, os.pwritev, self._descriptor, piece, run[0] * PAGE_BYTES))
                 at += len(run)
         except OSError as error:
             self._bound(before, pages, at, error)
@@ -127,7 +137,7 @@ class KeptFile:
             whole = np.frombuffer(memory, np.uint8)
             for run, expected in zip(_runs(place.pages), place.checksums, strict=True):
                 piece = whole[at : at + len(run) * PAGE_BYTES]
-                _whole(os.preadv, self._descriptor, piece, run[0] * PAGE_BYTES)
+                self._timed(partial(_whole, os.preadv, self._descriptor, piece, run[0] * PAGE_BYTES))
                 if checksum(piece) != expected:
                     raise OSError(errno.EIO, "bytes differ from their checksum")
                 at += len(piece)

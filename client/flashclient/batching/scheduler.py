@@ -230,8 +230,7 @@ class Scheduler:
 
     def _note_refusal(self, error: Exception) -> None:
         """Notes an error that comes again with each request. Others may be over, as when weightd starts again."""
-        status = getattr(error.__cause__, "code", None)  # of gRPC
-        if callable(status) and status().name in LASTING:
+        if isinstance(error, FlashClientError) and error.status in LASTING:
             self._refused = str(error)
 
     def _step(self) -> None:

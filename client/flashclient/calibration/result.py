@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from flashclient.calibration.evaluate import Quality
 from flashclient.calibration.predictor_training import Rates, Trained
-from flashclient.model.predictor_file import LowRank, Predictor, arrays_of, write_predictors, write_tensors
+from flashclient.model.predictor_file import LowRank, Predictor, Signs, arrays_of, write_predictors, write_tensors
 from weightd_proto import weightd_pb2
 from weightd_proto.files import CALIBRATION_FILES, PREDICTORS_FILE, REPORT_FILE, STATISTICS_FILE
 
@@ -87,18 +87,18 @@ class CalibratedLayer:
         return len(self.predictor.input) if isinstance(self.predictor, LowRank) else 0
 
     def row(self) -> str:
-        """The layer's columns in the table."""
-        shares = [
-            f"{share:>9.1%}"
-            for rates in (self.rates, self.sign_rates)
-            for share in (rates.predicted, rates.false_negatives, rates.false_positives)
-        ]
+        """The layer's columns in the table: of its predictor and, for comparison, of one of sign bits."""
         size = f"{self.rank:>9} {self.predictor_bytes / 1024:>9.1f} {self.time_share:>9.1%}"
-        return " ".join([*shares[:3], size, *shares[3:]])
+        others = [] if isinstance(self.predictor, Signs) else _columns(self.sign_rates)
+        return " ".join([*_columns(self.rates), size, *others])
 
     def report(self) -> dict[str, Any]:
         row = {**asdict(self.rates), "rank": self.rank, "bytes": self.predictor_bytes, "time_share": self.time_share}
         return {**row, "union": [float(share) for share in self.union], "sign": asdict(self.sign_rates)}
+
+
+def _columns(rates: Rates) -> list[str]:
+    return [f"{share:>9.1%}" for share in (rates.predicted, rates.false_negatives, rates.false_positives)]
 
 
 @dataclass
@@ -150,10 +150,11 @@ class CalibrationResult:
         }
 
     def table(self) -> str:
-        """A row per layer with both predictors side by side, and the recommended mode."""
-        kind = {"low_rank": "low rank", "sign": "sign bits"}[self.settings["kind"]]
-        head = f"{'':>14} {kind:^59} {'sign bits':^29}"
-        names = ("predicted", "missed", "false", "rank", "KiB", "time", "predicted", "missed", "false")
+        """A row per layer with the predictors side by side, and the recommended mode."""
+        rates, size = ("predicted", "missed", "false"), ("rank", "KiB", "time")
+        is_sign = self.settings["kind"] == "sign"
+        head = f"{'':>14} {'sign bits' if is_sign else 'low rank':^59}" + ("" if is_sign else f" {'sign bits':^29}")
+        names = (*rates, *size, *(() if is_sign else rates))
         lines = [head, f"{'layer':>5} {'firing':>8} " + " ".join(f"{name:>9}" for name in names)]
         for index, layer in enumerate(self.layers):
             lines.append(f"{index:>5} {layer.rates.firing:>8.1%} {layer.row()}")

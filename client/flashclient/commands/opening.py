@@ -19,18 +19,19 @@ from flashclient.standard_streams import complain
 from weightd_proto.hub_names import is_hub_name
 
 
-def open_client(options: argparse.Namespace, model: str | None = None, **more: Any) -> Any:
+def open_client(options: argparse.Namespace, model: str | None = None, *, tells: bool = False, **more: Any) -> Any:
     """The FlashClient that `options` ask for.
 
     Args:
         model: of `options` by default.
+        tells: says that it loads the model where nobody looks on, too: in the log of a server.
     """
     model = options.model if model is None else model
     names = ("address", "store", "dram", "transport", "timeout_s", "tls_ca", "tls_cert", "tls_key")
     given = {name: getattr(options, name) for name in names}
     given = {name: value for name, value in given.items() if value is not None} | more
     _check_served(model, Options(**given))
-    if sys.stderr.isatty():
+    if tells or sys.stderr.isatty():
         complain("flashclient", f"loading {model}")  # the next lines take seconds
     with garbage_kept(), _weightd_starting(model, options):
         with importing(), quick_imports():

@@ -170,7 +170,8 @@ def _hosted(options: argparse.Namespace, opened: ExitStack) -> dict[str, Any]:
     bounds = (options.sequences, options.waiting, options.cache_tokens, options.kept_tokens)
     for asked in options.models:
         more = {"dram": None} if models else {}  # the first has started the weightd
-        client = opened.enter_context(open_client(options, asked, mode=options.mode, kv_dtype=options.kv_dtype, **more))
+        more |= {"mode": options.mode, "kv_dtype": options.kv_dtype}
+        client = opened.enter_context(open_client(options, asked, tells=True, **more))
         # Not before: open_client() imports what these need, sooner and with Ctrl-C in mind.
         from flashclient.batching.scheduler import Scheduler
         from flashclient.server.hosted_model import HostedModel

@@ -59,6 +59,8 @@ logger = logging.getLogger("flashclient")
 class SessionLostError(errors.DaemonLostError):
     """weightd is gone or has closed the session: reattach(), then ask again. Users see it only before a generation."""
 
+    said = ""  # by gRPC, if it was a call
+
 
 _ERROR_OF_STATUS: dict[grpc.StatusCode, type[errors.FlashClientError]] = {
     grpc.StatusCode.UNAVAILABLE: SessionLostError,
@@ -146,28 +148,36 @@ class Connection:
         self.stub: Any = CalledStub(stub_of(self._channel, parsed), self._threads)
         try:
             self.stats()
-        except errors.DaemonLostError as error:
+        except SessionLostError as error:
             self.close()
-            raise errors.NoDaemonError(_nobody_there(parsed, tls, _details(error.__cause__))) from error
+            raise errors.NoDaemonError(_nobody_there(parsed, tls, error.said)) from None
 
     @contextmanager
     def rpc_errors(self) -> Iterator[None]:
-        """Turns gRPC's errors into those of flashclient.errors, by their status."""
+        """Turns gRPC's errors into those of flashclient.errors, by their status. They say all that gRPC's say."""
         try:
             yield
         except grpc.RpcError as error:
-            raise self._translated(error) from error
-        except ValueError as error:  # gRPC raises it after close()
-            raise self._closed_error() from error
+            raise self._translated(error) from None
+        except ValueError:  # gRPC raises it after close()
+            raise self._closed_error() from None
 
     def _closed_error(self) -> errors.DaemonLostError:
         return errors.DaemonLostError(f"the connection to weightd at {self.address} was closed")
 
     def _translated(self, error: Any) -> errors.FlashClientError:
+        translated = self._error_of(error)
+        translated.status = error.code().name
+        return translated
+
+    def _error_of(self, error: Any) -> errors.FlashClientError:
         kind = _ERROR_OF_STATUS.get(error.code(), errors.RefusedError)
-        if issubclass(kind, errors.DaemonLostError):
-            text = f"weightd at {self.address} does not answer: {error.details()}"
-            return self._closed_error() if self._closed else kind(text)
+        if kind is SessionLostError and self._closed:
+            return self._closed_error()
+        if kind is SessionLostError:
+            lost = SessionLostError(f"weightd at {self.address} does not answer: {_details(error)}")
+            lost.said = _details(error)
+            return lost
         return kind(self._text_of(error) or f"weightd at {self.address} refused: {error.code().name.lower()}")
 
     def _text_of(self, error: Any) -> str:
@@ -183,10 +193,7 @@ class Connection:
                 with self.rpc_errors():
                     return method(request, timeout=timeout_s)
             except errors.BusyError as error:
-                cause = error.__cause__
-                if not isinstance(cause, grpc.Call) or cause.code() is not grpc.StatusCode.ABORTED:
-                    raise
-                if time.monotonic() > give_up_s:
+                if error.status != grpc.StatusCode.ABORTED.name or time.monotonic() > give_up_s:
                     raise
             time.sleep(RETRY_S)
 
@@ -272,8 +279,8 @@ class Connection:
             opened: weightd_pb2.OpenSessionResponse = self.stub.OpenSession(request, timeout=OPEN_TIMEOUT_S)
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
-                raise errors.ShareError(self._text_of(error)) from error
-            raise self._translated(error) from error
+                raise errors.ShareError(self._text_of(error)) from None
+            raise self._translated(error) from None
         return opened
 
     def fetch(self, request: weightd_pb2.FetchRequest, timeout_s: float | None = None) -> Iterator[bytes]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -61,4 +62,38 @@ def test_a_device_that_was_full_is_asked_again_later(tmp_path: Path, monkeypatch
     place = file.write(STATES)
     assert place is not None
     assert file.read(place) is not None
+    file.close()
+
+
+@pytest.mark.parametrize("call", ["preadv", "pwritev"])
+def test_a_device_that_hangs_is_waited_for_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, call: str
+) -> None:
+    works, answers, calls = getattr(os, call), threading.Event(), []
+
+    def hanging(*arguments: Any) -> int:
+        calls.append(arguments)
+        assert answers.wait(60)
+        return int(works(*arguments))
+
+    monkeypatch.setattr(kept_file, "ANSWER_S", 0.2)
+    monkeypatch.setattr(kept_file, "RETRY_S", 0.0)
+    file = KeptFile(tmp_path, 10 * PAGE_BYTES)
+    places = [file.write(STATES) for _ in range(3)]
+    monkeypatch.setattr(os, call, hanging)
+    for place in places:
+        assert place is not None
+        assert (file.read(place) if call == "preadv" else file.write(STATES)) is None
+    assert len(calls) == 1
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].endswith("the device gave no answer within 0.2 s")
+    answers.set()
+    while file._timed.hangs:
+        answers.wait(0.01)
+    for place in places:
+        assert place is not None
+        read = file.read(place)
+        assert read is not None
+        assert torch.equal(read[0][0], STATES[0][0])
+    assert file.write(STATES) is not None
     file.close()

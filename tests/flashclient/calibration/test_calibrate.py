@@ -169,6 +169,9 @@ def read_all(folder: Path) -> dict[str, bytes]:
 
 def test_kind_sign_is_published_as_such(tmp_path: Path) -> None:
     result, whole, _ = calibrated(make_sparse_model(), tmp_path, replace(OPTIONS, kind="sign"))
+    head, names, *rows, _mode = result.table().splitlines()
+    assert head.count("sign bits") == names.count("predicted") == 1
+    assert {row.count("%") for row in rows} == {5}
     assert [layer.rank for layer in result.layers] == [0, 0]
     assert result.layers[0].rates == result.layers[0].sign_rates
     write_files(result, whole.record, tmp_path)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from flashclient.cli import main
-from flashclient.commands import serve
+from flashclient.commands import opening, serve
 from flashclient.errors import OptionError
 
 OPTIONS: dict[str, Any] = {
@@ -72,3 +72,15 @@ def test_run_without_a_home_says_what_to_pass(
     monkeypatch.setattr(pwd, "getpwuid", no_user)
     assert main(["run", str(tmp_path)]) == 2
     assert "there is no home folder for a store of your own: pass --store, or set HOME" in capsys.readouterr().err
+
+
+def test_a_server_says_at_once_that_it_loads(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ended(*_: Any) -> None:
+        raise OptionError("far enough")
+
+    monkeypatch.setattr(opening, "_check_served", lambda *_: None)
+    monkeypatch.setattr(opening, "_weightd_starting", ended)
+    assert main(["serve", "m", "--port", "0"]) == 2
+    assert capsys.readouterr().err == "flashclient: loading m\nflashclient: far enough\n"

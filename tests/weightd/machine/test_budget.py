@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,13 @@ def test_too_small_names_the_minimum_of_each_model() -> None:
 def test_a_store_is_served_when_one_model_fits() -> None:
     check_dram(GIB, LIMITS, [SMALL, LARGE])
     assert unservable(GIB, [SMALL, LARGE]) == [LARGE]
+
+
+def test_a_store_is_not_served_where_other_models_leave_no_room_for_one() -> None:
+    demands = [replace(SMALL, name=str(number), catalog_bytes=1 << 20) for number in range(3)]
+    check_dram(GIB + (2 << 20), LIMITS, demands)
+    with pytest.raises(SpaceError, match=r"too small: 0 needs at least 1026MiB"):
+        check_dram(GIB + (2 << 20) - 1, LIMITS, demands)
 
 
 def test_exactly_the_cgroup_is_enough_and_a_byte_more_is_not() -> None:

@@ -118,13 +118,13 @@ def check_dram(
 
 def check_serves_one(dram_bytes: int, demands: Sequence[ModelDemand]) -> None:
     """Raises SpaceError if there are models, and none can be served with `dram_bytes`."""
-    if demands and all(demand.minimum_bytes > dram_bytes for demand in demands):
+    if demands and len(unservable(dram_bytes, demands)) == len(demands):
         raise SpaceError(f"--dram {format_size(dram_bytes)} is too small: {_minimums(demands)}")
 
 
 def unservable(dram_bytes: int, demands: Sequence[ModelDemand]) -> list[ModelDemand]:
-    """The models that need more than `dram_bytes`."""
-    return [demand for demand in demands if demand.minimum_bytes > dram_bytes]
+    """The models that need more than `dram_bytes`, beside what the others take."""
+    return [demand for demand in demands if minimum_beside(demand, demands) > dram_bytes]
 
 
 def _most(limit_bytes: int, as_percent: bool) -> str:
