@@ -35,7 +35,7 @@ from flashclient.commands.completion import SHELLS, completion
 from flashclient.commands.slips import no_command
 from flashclient.interrupts import raise_again
 from flashclient.standard_streams import complain, say
-from weightd.errors import DaemonError, UsageError, WeightdError
+from weightd.errors import DaemonError, UsageError, WeightdError, described
 from weightd.flags import FlagParser
 from weightd.log import one_line
 from weightd.sizes import format_size, parse_size
@@ -83,7 +83,7 @@ def _main(arguments: list[str]) -> int:
         complain("weightd", one_line(str(error)))
         return error.exit_status
     except OSError as error:
-        complain("weightd", one_line(_describe(error)))
+        complain("weightd", one_line(described(error)))
         return 1
     except KeyboardInterrupt as interrupt:
         complain("weightd", "interrupted")
@@ -141,11 +141,6 @@ def _ended_as_interrupted() -> Iterator[None]:
     finally:
         for number in ending:
             signal.signal(number, signal.SIG_DFL)
-
-
-def _describe(error: OSError) -> str:
-    reason = (error.strerror or str(error)).lower()
-    return f"{error.filename}: {reason}" if error.filename else reason
 
 
 def _whole_parser() -> FlagParser:

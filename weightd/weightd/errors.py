@@ -23,6 +23,15 @@ WeightdError                  one line for the user: lower case, the value, what
 
 from __future__ import annotations
 
+import errno
+
+_NOT_YOURS = "run it as the owner, change the mode (`ls -ld` shows both), or name another folder"
+_REMEDIES = {
+    errno.EACCES: _NOT_YOURS,
+    errno.EPERM: _NOT_YOURS,
+    errno.EROFS: "mount it writable, or name a folder elsewhere",
+}
+
 
 class WeightdError(Exception):
     """The root of the tree above. Commands print its `str()`."""
@@ -102,3 +111,12 @@ class DaemonError(WeightdError):
 
 class DeviceError(WeightdError):
     """The device or file system refuses what is needed."""
+
+
+def described(error: OSError) -> str:
+    """A refusal of the system in one line: the path, the reason, and the remedy where it is known."""
+    reason = (error.strerror or str(error)).lower()
+    if not error.filename:
+        return reason
+    remedy = _REMEDIES.get(error.errno or 0)
+    return f"{error.filename}: {reason}" + (f": {remedy}" if remedy else "")

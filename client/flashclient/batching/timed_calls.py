@@ -19,8 +19,8 @@ class TimedCalls:
 
     def __init__(self, within_s: float) -> None:
         self._within_s = within_s
-        self._asked: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
-        self._last: _Call | None = None
+        self._asked: queue.SimpleQueue[_Timed | None] = queue.SimpleQueue()
+        self._last: _Timed | None = None
         # A daemon thread, because a call that hangs must not keep the program from its end.
         self._thread = threading.Thread(target=self._run, name="flashclient-device", daemon=True)
 
@@ -30,7 +30,7 @@ class TimedCalls:
             raise OSError(errno.ETIMEDOUT, f"the device has given no answer for {self._within_s:g} s")
         if self._thread.ident is None:
             self._thread.start()
-        self._last = last = _Call(call)
+        self._last = last = _Timed(call)
         self._asked.put(last)
         if not last.done.wait(self._within_s):
             raise OSError(errno.ETIMEDOUT, f"the device gave no answer within {self._within_s:g} s")
@@ -55,7 +55,7 @@ class TimedCalls:
                 asked.done.set()
 
 
-class _Call:
+class _Timed:
     def __init__(self, call: Callable[[], None]) -> None:
         self.call = call
         self.done = threading.Event()

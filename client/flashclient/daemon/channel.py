@@ -107,6 +107,9 @@ def _details(error: Any) -> str:
 
 def _nobody_there(address: Address, tls: TlsOptions, said: str) -> str:
     """The error text after a first call that failed: what to try depends on the transport."""
+    if address.socket_path is not None and "Permission denied" in said:
+        whose = "is for the user and the group of its weightd (`ls -ld` shows them)"
+        return f"cannot use {address.target}: permission denied: the socket {whose}; join the group, or pass store="
     if address.socket_path is not None:
         return f"no weightd at {address.target}: start it with `weightd --store DIR`, or pass store="
     if not tls.given:

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from flashclient.daemon.weightd_command import WEIGHTD, output_of
-from flashclient.errors import ModelNotFoundError
+from flashclient.errors import ModelNotFoundError, StartError
 from weightd_proto.files import BUNDLES_FILE
 from weightd_proto.hub_names import is_hub_name
 
@@ -30,6 +30,15 @@ def import_if_new(store: Path, model: str, answering: AbstractContextManager[int
         ModelNotFoundError: there is no such path, and no model of the hub is named like this.
         StartError: the import failed; repeats its message. For example, the store has another checkpoint of that name.
     """
+    try:
+        return _imported(store, model, answering)
+    except PermissionError as error:
+        raise StartError(
+            f"cannot use the store {store}: {error.filename}: permission denied: use it as its owner, or name another"
+        ) from None
+
+
+def _imported(store: Path, model: str, answering: AbstractContextManager[int]) -> str:
     exists = os.path.exists(model)  # noqa: PTH110
     if not exists and is_hub_name(model):
         return _stored_from(store, model) or _import(store, model, model, answering)

@@ -14,7 +14,7 @@ import uvloop
 
 from weightd import log
 from weightd._native import EngineOptions, EngineThread
-from weightd.errors import DeviceError, UsageError, WeightdError
+from weightd.errors import DeviceError, UsageError, WeightdError, described
 from weightd.gateway import listening
 from weightd.gateway.addresses import MetricsAddress
 from weightd.gateway.identity import Identities
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str]) -> int:
         logger.error("%s", error)
         return error.exit_status
     except OSError as error:
-        logger.error("%s", error)
+        logger.error("%s", described(error))
         return 1
     except Exception:
         logger.exception("a fault of weightd")
@@ -154,6 +154,8 @@ def _engine(config: ServeConfig, dram_bytes: int, data_socket: str, triggers: pr
             )
             engine = EngineThread(options)
     except OSError as error:
+        if error.filename:  # a socket
+            raise
         raise DeviceError(f"cannot start the engine: {error}; `weightd doctor` tells what the system allows") from error
     if engine.io_engine_note:
         logger.info("%s", engine.io_engine_note)

@@ -39,6 +39,7 @@ ANSWER_WITHIN_S = 5.0  # a daemon on a busy machine answers in milliseconds; a f
 PLAIN_REASONS = {  # for texts of gRPC's core
     "No such file or directory": "nothing listens there",
     "Connection refused": "nothing listens there",
+    "Permission denied": "permission denied, as the socket is for its user and group (`ls -ld` shows them)",
     "Hostname Verification Check failed": "its certificate is for another name",
 }
 
