@@ -144,11 +144,17 @@ void bind_attention_inputs(nb::module_& module) {
 // ---- Attention ----
 
 void attend(const Attention& attention, const Rows& query, const Rows& key, const Rows& value,
-            const std::optional<Rows>& mask, bool causal, float scale, const AttendedRows& out) {
+            const std::optional<Rows>& mask, bool causal, float scale, const AttendedRows& out, float softcap,
+            const std::optional<RowValues>& sinks) {
     const Dtype dtype = attention.dtype();
     const bool blocks = in_blocks(key.dtype());
-    const AttentionShape shape{query.shape(0), query.shape(1), key.shape(1), query.shape(2), key.shape(2),
-                               query.shape(3), out.shape(3),   scale,        blocks};
+    AttentionShape shape{query.shape(0), query.shape(1), key.shape(1), query.shape(2), key.shape(2),
+                         query.shape(3), out.shape(3),   scale,        blocks,         softcap};
+    if (sinks) {
+        require(sinks->dtype() == nb::dtype<float>() && sinks->shape(0) == shape.heads,
+                "sinks must be float32, one of each head");
+        shape.sinks = static_cast<const float*>(aligned(*sinks, "sinks").data());
+    }
     require(shape.key_heads > 0 && shape.heads % shape.key_heads == 0, "heads must be a multiple of key heads");
     require(blocks || (key.shape(3) == shape.key_elements && value.shape(3) == shape.value_elements),
             "query and key must have the same elements, and so must value and out");
@@ -174,12 +180,15 @@ void bind_kernel(nb::module_& module) {
         .def("__init__", &make_kernel<Attention>, "workers"_a, "dtype"_a, "instruction_set"_a = nb::none(),
              nb::keep_alive<1, 2>())
         .def("attend", &attend, "query"_a.noconvert(), "key"_a.noconvert(), "value"_a.noconvert(),
-             "mask"_a.noconvert().none(), "causal"_a, "scale"_a, "out"_a.noconvert(),
+             "mask"_a.noconvert().none(), "causal"_a, "scale"_a, "out"_a.noconvert(), "softcap"_a = 0.0f,
+             "sinks"_a.noconvert().none() = nb::none(),
              "query [sequences, heads, tokens, elements]; key, value [sequences, key heads, keys, elements], with "
              "any strides between rows. mask [sequences, heads, tokens, keys], 1 where it is the same for all: "
              "bool (False: masked) or float32 (added; -inf: masked). causal, without a mask: token t attends to the "
              "keys up to t. out [sequences, tokens, heads, elements of a value]. key and value may be uint8: rows in "
-             "blocks of Q8_0, with zeros up to a whole block.")
+             "blocks of Q8_0, with zeros up to a whole block. Scores beyond softcap are bent, 0 bends none. sinks "
+             "[heads] "
+             "float32 are scores without a value.")
         .def_prop_ro("instruction_set", &Attention::instruction_set);
 }
 

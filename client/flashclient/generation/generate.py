@@ -170,11 +170,13 @@ class Generator:
         self._meters.append(meter)
         if self._steps is not None:
             self._steps.begin(call.cached_tokens, self._end_tokens(call))
-        layers = self._model.config.num_hidden_layers
+        config = self._model.config
+        layers = getattr(config, "num_hidden_layers", None)  # a config of parts has none
         try:
             yield
         finally:
-            self._model.config.num_hidden_layers = layers  # assistant_early_exit lowers it, also when it fails
+            if layers is not None:
+                config.num_hidden_layers = layers  # assistant_early_exit lowers it, also when it fails
             self._meters.pop()
             for outer in self._meters:
                 outer.inner -= 1

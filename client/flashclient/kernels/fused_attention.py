@@ -25,7 +25,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from flashclient._native import AttentionInputs, AttentionProjection, Workers
 from flashclient.kernels.arrays import KernelOf, array_of
-from flashclient.kernels.decode_attention import IMPLEMENTATION, attend
+from flashclient.kernels.decode_attention import NativeName, attend
 from flashclient.kernels.dtypes import KERNEL_DTYPES
 from flashclient.kernels.encoded_matrix import matrix_of
 from flashclient.kernels.growing_cache import int8_layer
@@ -248,7 +248,7 @@ class FusedAttention(Native):
         """Whether the kernels take this input, and attention is ours."""
         if torch.compiler.is_compiling() or x.dim() != 3 or not self.input_kernels.takes(x):
             return False
-        if "forward" in self.__dict__ or _implementation(self.config) != IMPLEMENTATION:
+        if "forward" in self.__dict__ or not isinstance(_implementation(self.config), NativeName):
             return False
         return not self.formula.widths or _are_angles(embeddings, x, self.formula.widths)
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cassert>
+#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <vector>
@@ -68,7 +69,9 @@ struct Attention::Call {
     size_t value_elements;
     bool keys_are_matrix;  // that add_products() takes
 
+    float score(float dot) const;
     float bias(const Item& item, size_t row, size_t index) const;
+    size_t weights() const { return shape.keys + (shape.sinks == nullptr ? 0 : 1); }  // of a row at most
     size_t group() const { return shape.heads / shape.key_heads; }
     size_t rows() const { return group() * shape.tokens; }  // rows of queries that share a head of keys
     size_t items_of_head() const { return (rows() + ROWS_MAX - 1) / ROWS_MAX; }
@@ -98,6 +101,11 @@ struct Attention::Item {
     }
 };
 
+float Attention::Call::score(float dot) const {
+    const float score = dot * shape.scale;
+    return shape.softcap == 0.0f ? score : shape.softcap * std::tanh(score / shape.softcap);
+}
+
 // What the mask adds to a score. Adding 0 changes no bit of a finite one but the sign of zero.
 float Attention::Call::bias(const Item& item, size_t row, size_t index) const {
     if (mask.kind != AttentionMask::Kind::additive) return 0.0f;
@@ -107,7 +115,7 @@ float Attention::Call::bias(const Item& item, size_t row, size_t index) const {
 // Each thread keeps one, because allocating takes longer than an item.
 struct Attention::Scratch {
     std::vector<RowSet> attending;  // by key; empty where all rows attend to each
-    std::vector<float> weights;     // [rows, keys]: of those that a row attends to, side by side
+    std::vector<float> weights;     // [rows, weights()]: of the keys that a row attends to, side by side, then the sink
     std::vector<float> query;       // [rows, key_elements]
     std::vector<float> sums;        // [rows, value_elements]
     float total[ROWS_MAX];          // the sum of the weights of a row
@@ -117,7 +125,7 @@ struct Attention::Scratch {
     void prepare(const Call& call, const Item& item) {
         attending.assign(call.mask.kind == AttentionMask::Kind::none ? 0 : call.shape.keys, RowSet{0});
         if (call.mask.kind == AttentionMask::Kind::causal) add_causal_rows(call, item);
-        weights.resize(std::max(weights.size(), item.count * call.shape.keys));
+        weights.resize(std::max(weights.size(), item.count * call.weights()));
         query.assign(item.count * call.key_elements, 0.0f);
         sums.assign(item.count * call.value_elements, 0.0f);
         for (size_t r = 0; r < item.count; r++) add_mask_row(call.mask, item.mask_offset(call, r), r);
@@ -205,7 +213,7 @@ void Attention::attend_item(const Call& call, const Item& item, const Item& next
     }
 }
 
-// scratch.weights = exp(scale * q . k + mask - the greatest of them), scratch.total = their sum.
+// scratch.weights = exp(cap(scale * q . k) + mask - the greatest of them), scratch.total = their sum.
 void Attention::weigh(const Call& call, const Item& item, Scratch& scratch) const {
     const AttentionShape& shape = call.shape;
     for (size_t r = 0; r < item.count; r++) {
@@ -220,23 +228,28 @@ void Attention::weigh(const Call& call, const Item& item, Scratch& scratch) cons
         const size_t of_row = call.keys_are_matrix ? run.count : 1, of_key = call.keys_are_matrix ? 1 : item.count;
         for (size_t r = 0; r < item.count; r++) {
             const float* dots = scratch.dots + r * of_row;
-            float* weights = scratch.weights.data() + r * shape.keys + filled[r];
+            float* weights = scratch.weights.data() + r * call.weights() + filled[r];
             if (run.for_all && call.mask.kind != AttentionMask::Kind::additive) {
-                for (size_t k = 0; k < run.count; k++) weights[k] = dots[k * of_key] * shape.scale;
+                if (shape.softcap == 0.0f) {  // a loop of its own, for vectors
+                    for (size_t k = 0; k < run.count; k++) weights[k] = dots[k * of_key] * shape.scale;
+                } else {
+                    for (size_t k = 0; k < run.count; k++) weights[k] = call.score(dots[k * of_key]);
+                }
                 filled[r] += run.count;
                 continue;
             }
             for (size_t k = 0; k < run.count; k++) {
                 if (!has(scratch.attending[run.begin + k], r)) continue;
-                *weights++ = dots[k * of_key] * shape.scale + call.bias(item, r, run.begin + k);
+                *weights++ = call.score(dots[k * of_key]) + call.bias(item, r, run.begin + k);
                 filled[r]++;
             }
         }
     });
     fetch_rows(call, item, call.value, call.value_elements, scratch);
     for (size_t r = 0; r < item.count; r++) {
-        scratch.total[r] =
-            filled[r] == 0 ? 0.0f : kernels_.exponentials(scratch.weights.data() + r * shape.keys, filled[r]);
+        float* weights = scratch.weights.data() + r * call.weights();
+        if (shape.sinks != nullptr) weights[filled[r]++] = shape.sinks[item.head(call, r)];
+        scratch.total[r] = filled[r] == 0 ? 0.0f : kernels_.exponentials(weights, filled[r]);
     }
 }
 
@@ -272,7 +285,7 @@ void Attention::blend(const Call& call, const Item& item, Scratch& scratch) cons
     const AttentionShape& shape = call.shape;
     const size_t elements = call.value_elements;
     const float* next[ROWS_MAX];
-    for (size_t r = 0; r < item.count; r++) next[r] = scratch.weights.data() + r * shape.keys;
+    for (size_t r = 0; r < item.count; r++) next[r] = scratch.weights.data() + r * call.weights();
     for_runs(shape.keys, scratch.attending, item.all, RUN_DOTS / item.count, [&](const Run& run) {
         const void** values = scratch.rows;
         if (run.for_all) {

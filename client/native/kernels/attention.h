@@ -1,4 +1,4 @@
-// Attention over keys and values, which are read in place: out[t] = softmax(scale * q[t] . k + mask[t]) v.
+// Attention over keys and values, which are read in place: out[t] = softmax(cap(scale * q[t] . k) + mask[t]) v.
 //
 // A head of keys serves a group of heads of queries (grouped-query attention, arXiv 2305.13245). Its keys and values
 // are read once for up to 16 rows of queries.
@@ -24,7 +24,9 @@ struct AttentionShape {
     size_t key_elements;
     size_t value_elements;
     float scale;
-    bool in_blocks = false;  // keys and values are rows of BLOCKS, with zeros up to a whole block
+    bool in_blocks = false;        // keys and values are rows of BLOCKS, with zeros up to a whole block
+    float softcap = 0.0f;          // cap(s) = softcap * tanh(s / softcap); 0: s
+    const float* sinks = nullptr;  // of each head: a score that takes its share of the sum of weights, and has no value
 };
 
 // [sequences, heads, tokens or keys, elements]; the elements of a row are contiguous. Strides are in bytes.

@@ -19,7 +19,8 @@ namespace {
 
 class AttentionBits : public OfInstructionSet {
   protected:
-    static constexpr AttentionShape SHAPE{2, 6, 2, 5, 131, 37, 21, 0.3f};
+    static constexpr float SINKS[6] = {0.3f, -1.0f, 2.0f, 0.0f, 7.0f, -30.0f};
+    static constexpr AttentionShape SHAPE{2, 6, 2, 5, 131, 37, 21, 0.3f, false, 1.5f, SINKS};
 
     void SetUp() override {
         OfInstructionSet::SetUp();
@@ -34,7 +35,8 @@ class AttentionBits : public OfInstructionSet {
     }
 
     std::vector<float> attend(const Attention& attention) const {
-        const auto [sequences, heads, key_heads, tokens, keys, key_elements, value_elements, scale, in_blocks] = SHAPE;
+        const auto [sequences, heads, key_heads, tokens, keys, key_elements, value_elements, scale, in_blocks, softcap,
+                    sinks] = SHAPE;
         std::vector<float> out(sequences * tokens * heads * value_elements, -1.0f);
         const AttentionMask mask{AttentionMask::Kind::boolean, mask_.data(), tokens * keys, 0, keys, 1};
         attention.attend(SHAPE, rows(query_, heads, tokens, key_elements), rows(key_, key_heads, keys, key_elements),

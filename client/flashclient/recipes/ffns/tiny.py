@@ -112,6 +112,8 @@ _SIZES: tuple[tuple[str, Callable[[int, _Scale], int]], ...] = (
     (r"n_group|num_expert_group", _at_most(2)),
     (r"topk_group|n_shared_experts|\w*num_shared_experts", _at_most(1)),
     (r"zero_expert_num", _at_most(4)),
+    (r"index_topk|index_block_size", _at_most(4)),  # so that an index leaves some tokens out
+    (r"index_topk_blocks", _at_most(1)),
 )  # fmt: skip
 # Sizes that are sums of others wherever a config has them as such.
 _SUMS = [

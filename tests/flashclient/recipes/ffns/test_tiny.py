@@ -83,6 +83,11 @@ def test_factors_of_rotary_frequencies_are_as_many_as_these(
     assert len(made["short_factor"]) == len(made["long_factor"]) == tiny
 
 
+def test_an_index_leaves_tokens_out() -> None:
+    """Otherwise no proof shows what a model does where it picks some of many tokens."""
+    assert tiny_config(config_of("deepseek_v32", index_topk=2048)).index_topk == 4
+
+
 def test_numbers_of_layers_beyond_the_last_are_dropped() -> None:
     assert tiny_config(config_of("qwen3_moe", mlp_only_layers=[0, 2, 9])).mlp_only_layers == [0, 2]
 
