@@ -38,16 +38,22 @@ class _Prompts:
 
     def __init__(self, loaded: LoadedModel, requests: list[TextRequest], kept: KeptPrefixes) -> None:
         self.requests = requests
-        self.lengths = [len(request.prompt) for request in requests]
+        self.lengths = [len(request.tokens) for request in requests]
         self._loaded = loaded
         self._kept = kept
-        for request in requests:
-            kept.fetch(request.prompt, len(request.prompt) - 1, request.owner)
-        self._done = starts_of(requests, kept)
+        # Tokens that rotate by long factors are computed in one pass, which is as long as the sequence. What is kept
+        # was rotated by short ones.
+        self.are_long = loaded.is_long(max(self.lengths))
+        if self.are_long:
+            self._done = [0] * len(requests)
+        else:
+            for request in requests:
+                kept.fetch(request.tokens, len(request.tokens) - 1, request.owner)
+            self._done = starts_of(requests, kept)
         owners = [request.owner for request in requests]
-        self.cache = kept.begin([request.prompt for request in requests], self._done, owners)
+        self.cache = kept.begin([request.tokens for request in requests], self._done, owners)
         for request, start in zip(requests, self._done, strict=True):
-            request.kept_tokens = start
+            request.kept_tokens = start if request.made == 0 else request.kept_tokens
 
     @property
     def tokens(self) -> int:
@@ -57,7 +63,8 @@ class _Prompts:
     def advance(self) -> Tensor | None:
         """Computes the next chunk. At the end returns the logits [requests, vocabulary]."""
         pairs = zip(self.requests, self._done, strict=True)
-        chunks = [request.prompt[done : done + CHUNK_TOKENS] for request, done in pairs]
+        most = max(self.lengths) if self.are_long else CHUNK_TOKENS
+        chunks = [request.tokens[done : done + most] for request, done in pairs]
         steps = self._loaded.built.steps
         if steps is not None:
             steps.begin(max(self.lengths), None)
@@ -67,8 +74,8 @@ class _Prompts:
             if steps is not None:
                 steps.end()
         self._done = [done + len(chunk) for done, chunk in zip(self._done, chunks, strict=True)]
-        for row, request in enumerate(self.requests):
-            self._kept.keep(request.prompt[: self._done[row]], self.cache, row, request.owner)
+        for row, request in enumerate(self.requests if not self.are_long else ()):
+            self._kept.keep(request.tokens[: self._done[row]], self.cache, row, request.owner)
         return logits if self._done == self.lengths else None
 
 
@@ -77,12 +84,12 @@ def starts_of(requests: Sequence[TextRequest], kept: KeptPrefixes) -> list[int]:
 
     Rows of a pass that continue what is in a cache are of one length. If they cannot be, all begin at 0.
     """
-    lengths = [len(request.prompt) for request in requests]
-    known = [kept.usable(one.prompt, length - 1, one.owner) for one, length in zip(requests, lengths, strict=True)]
+    lengths = [len(request.tokens) for request in requests]
+    known = [kept.usable(one.tokens, length - 1, one.owner) for one, length in zip(requests, lengths, strict=True)]
     computed = max(length - one for length, one in zip(lengths, known, strict=True))
     starts = [length - computed for length in lengths]
     usable = all(
-        start >= 0 and kept.usable(request.prompt, start, request.owner) == start
+        start >= 0 and kept.usable(request.tokens, start, request.owner) == start
         for request, start in zip(requests, starts, strict=True)
     )
     return starts if usable else [0] * len(requests)
@@ -131,6 +138,7 @@ class Scheduler:
         self._closing = False
         self._batch = Batch(loaded)
         self._running: list[tuple[TextRequest, int]] = []  # by row: the request, and its last token
+        self._are_long = False  # those that run, or ran last
         self._prompts: _Prompts | None = None
         self.steps = self.made_tokens = 0
         self._refused: str | None = None  # by weightd: why it serves the model no more
@@ -242,6 +250,7 @@ class Scheduler:
             logits = self._prompts.advance()
             if logits is not None:
                 self._join(self._prompts, logits)
+        self._begin_again()
         if not self._running:
             return
         logits = self._batch.step([token for _, token in self._running])
@@ -249,12 +258,26 @@ class Scheduler:
         self.made_tokens += len(self._running)
         self._take(logits)
 
+    def _begin_again(self) -> None:
+        """Sequences that have become long wait with all of their tokens: other factors rotate these from now on."""
+        if self._are_long:
+            return
+        rows = {row for row, (request, _) in enumerate(self._running) if self._is_long(request)}
+        grown = [self._running[row][0] for row in sorted(rows)]
+        self._leave(rows)
+        with self._changed:
+            self._waiting.extendleft(reversed(grown))
+
+    def _is_long(self, request: TextRequest) -> bool:
+        return self._loaded.is_long(len(request.tokens))
+
     def _bound_kept(self) -> None:
         under_way = self._batch.tokens + (self._prompts.tokens if self._prompts is not None else 0)
         self._kept.bound(self._cache_tokens_max - under_way)
 
     def _join(self, prompts: _Prompts, logits: Tensor) -> None:
         rows = len(self._running)
+        self._are_long = prompts.are_long
         tokens = [_taken(request, logits[row]) for row, request in enumerate(prompts.requests)]
         self.made_tokens += len(tokens)
         self._batch.join(prompts.cache, prompts.lengths)
@@ -274,7 +297,8 @@ class Scheduler:
         self._leave(ended)
 
     def _leave(self, rows: set[int]) -> None:
-        if self._loaded.mode == "exact":  # else a prompt is computed with more neurons than what was made
+        # In other modes a prompt is computed with more neurons than what was made.
+        if self._loaded.mode == "exact" and not self._are_long:
             self._bound_kept()
             for row in rows:
                 request = self._running[row][0]
@@ -304,11 +328,14 @@ class Scheduler:
         rows = len(beside) + 1
         columns = max(len(request.prompt) + request.tokens_max for request in (*beside, self._waiting[0]))
         in_memory = not beside or rows * columns <= self._cache_tokens_max
-        return rows <= self._sequences_max and in_memory and (not chosen or self._in_a_chunk(together))
+        long = self._is_long(self._waiting[0])
+        alike = all(long == one for one in [self._are_long] * bool(self._running) + [*map(self._is_long, chosen)])
+        in_one_pass = not chosen or (not long and self._in_a_chunk(together))
+        return rows <= self._sequences_max and in_memory and alike and in_one_pass
 
     def _in_a_chunk(self, requests: Sequence[TextRequest]) -> bool:
         starts = starts_of(requests, self._kept)
-        computed = max(len(request.prompt) - start for request, start in zip(requests, starts, strict=True))
+        computed = max(len(request.tokens) - start for request, start in zip(requests, starts, strict=True))
         return len(requests) * computed <= CHUNK_TOKENS
 
     def _drop_cancelled(self) -> None:

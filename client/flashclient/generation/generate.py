@@ -93,6 +93,7 @@ class Generator:
         self._native_layers_share = loaded.built.native_layers_share
         self._source = loaded.source
         self._new_cache = loaded.new_cache
+        self._is_long = loaded.is_long
         self._mode, self._perplexity_loss = loaded.mode, loaded.perplexity_loss
         self._drafts = Drafts(loaded.model, loaded.tokenizer)
         self._tokenizer = loaded.tokenizer
@@ -161,6 +162,8 @@ class Generator:
         sequences = output if isinstance(output, Tensor) else output.sequences
         cache = call.arguments["past_key_values"]
         computed = cache.get_seq_length() if self._mode == EXACT else call.prompt_tokens
+        if self._is_long(computed) != self._is_long(call.prompt_tokens):
+            computed = 0  # its tokens rotate by factors of both kinds
         kept.keep(sequences[0, :computed].tolist(), cache)
 
     @contextmanager
@@ -175,7 +178,7 @@ class Generator:
         try:
             yield
         finally:
-            if layers is not None:
+            if layers != getattr(config, "num_hidden_layers", None):
                 config.num_hidden_layers = layers  # assistant_early_exit lowers it, also when it fails
             self._meters.pop()
             for outer in self._meters:
@@ -241,7 +244,7 @@ class Generator:
         one = (config.num_beams or 1) == 1 and (config.num_return_sequences or 1) == 1 and not call.drafted
         plain = one and (config.guidance_scale or 1) == 1 and len(arguments["input_ids"]) == 1
         if plain and self._uses_default_cache(call):
-            cache = kept.take(arguments["input_ids"][0].tolist())
+            cache = kept.take(arguments["input_ids"][0].tolist(), self._is_long)
             arguments["past_key_values"] = self._new_cache() if cache is None else cache
             call.continues = True
 
@@ -373,7 +376,8 @@ class Generator:
         embeds = call.arguments.get("inputs_embeds") is not None  # then transformers always uses a cache
         unasked = call.arguments.get("past_key_values") is None and config.cache_implementation in (None, "hybrid")
         wanted = unasked and (embeds or config.use_cache is not False) and not config.is_assistant
-        return wanted and bool(self._model._supports_default_dynamic_cache())  # others make one of their own
+        takes = "past_key_values" in inspect.signature(type(self._model).forward).parameters
+        return wanted and takes and bool(self._model._supports_default_dynamic_cache())  # others make one of their own
 
 
 def _refuse_batching(name: str, *_: Any, **__: Any) -> None:

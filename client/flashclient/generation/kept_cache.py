@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 from typing import Any
 
@@ -20,13 +20,16 @@ class KeptCache:
         self._tokens: list[int] = []
         self._cache: GrowingCache | None = None
 
-    def take(self, prompt: Sequence[int]) -> GrowingCache | None:
+    def take(self, prompt: Sequence[int], is_long: Callable[[int], bool]) -> GrowingCache | None:
         """The cache with what it has in common with `prompt`, but never its last token, which must be computed.
 
         None where nothing can be reused. The caller has the cache from then on, and gives it back with keep().
+
+        Args:
+            is_long: whether so many tokens rotate by long factors: others than those that were kept, perhaps.
         """
         cache, self._cache = self._cache, None
-        if cache is None:
+        if cache is None or is_long(len(prompt)) != is_long(len(self._tokens)):
             return None
         pairs = zip(self._tokens, prompt[:-1], strict=False)
         common = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,6 +79,21 @@ class LoadedModel:
         """The longest sequence that the model was made for; None if its config does not say."""
         tokens: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         return tokens
+
+    @property
+    def short_tokens(self) -> int | None:
+        """The longest sequence whose tokens rotate by short factors. All tokens of longer ones do by long factors.
+
+        None where the rotation does not depend on the length (rope type longrope, arXiv 2402.13753).
+        """
+        rotation: dict[str, Any] = getattr(self.model.config.get_text_config(), "rope_parameters", None) or {}
+        kinds = [one for one in (rotation, *rotation.values()) if isinstance(one, dict)]
+        bounds = [one["original_max_position_embeddings"] for one in kinds if one.get("rope_type") == "longrope"]
+        return min(bounds, default=None)
+
+    def is_long(self, tokens: int) -> bool:
+        """Whether a sequence of so many tokens rotates by long factors."""
+        return self.short_tokens is not None and tokens > self.short_tokens
 
     @property
     def context_is_fixed(self) -> bool:

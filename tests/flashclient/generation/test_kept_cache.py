@@ -21,6 +21,10 @@ FAMILIES = ("llama", "gemma3")  # with windows of 16 tokens
 NEW: dict[str, Any] = {"max_new_tokens": 6}
 
 
+def never_long(tokens: int) -> bool:
+    return False
+
+
 def model_of(family: str) -> PreTrainedModel:
     model = make_model(make_config(family), seed=3)
     model.generation_config.eos_token_id = None
@@ -119,9 +123,9 @@ def test_what_two_prompts_have_in_common(kept: list[int], prompt: list[int], len
     _, cache = filled("llama", kept)
     conversation = KeptCache()
     conversation.keep(kept, cache)
-    taken = conversation.take(prompt)
+    taken = conversation.take(prompt, never_long)
     assert (None if taken is None else taken.get_seq_length()) == length
-    assert conversation.take(prompt) is None, "it was given away"
+    assert conversation.take(prompt, never_long) is None, "it was given away"
 
 
 def test_a_window_that_has_lost_tokens_is_only_continued(tmp_path: Path) -> None:
@@ -129,23 +133,34 @@ def test_a_window_that_has_lost_tokens_is_only_continued(tmp_path: Path) -> None
     _, cache = filled("gemma3", tokens)
     conversation = KeptCache()
     conversation.keep(tokens, cache)
-    taken = conversation.take([*tokens, 40])
+    taken = conversation.take([*tokens, 40], never_long)
     assert taken is not None
     conversation.keep(tokens, taken)
-    assert conversation.take([*tokens[:20], 40]) is None
+    assert conversation.take([*tokens[:20], 40], never_long) is None
 
 
 def test_fewer_tokens_than_the_cache_has_are_kept() -> None:
     _, cache = filled("llama", [5, 6, 7, 8])
     conversation = KeptCache()
     conversation.keep([5, 6], cache)
-    taken = conversation.take([5, 6, 7, 8])
+    taken = conversation.take([5, 6, 7, 8], never_long)
     assert taken is not None
     assert taken.get_seq_length() == 2
+
+
+def test_tokens_that_other_factors_rotate_are_computed_again() -> None:
+    def is_long(tokens: int) -> bool:
+        return tokens > 6
+
+    for kept, prompt, usable in ((6, 7, False), (7, 6, False), (5, 6, True), (7, 9, True)):
+        _, cache = filled("llama", list(range(3, 3 + kept)))
+        conversation = KeptCache()
+        conversation.keep(list(range(3, 3 + kept)), cache)
+        assert (conversation.take(list(range(3, 3 + prompt)), is_long) is not None) == usable
 
 
 def test_other_caches_are_not_kept() -> None:
     model = model_of("llama")
     conversation = KeptCache()
     conversation.keep([5, 6], DynamicCache(config=model.config))
-    assert conversation.take([5, 6, 7]) is None
+    assert conversation.take([5, 6, 7], never_long) is None
