@@ -72,7 +72,7 @@ class Arena:
     def __init__(self, threads: int) -> None:
         self.workers = Workers(threads)
         self.bytes = max(BUFFER_BYTES_MIN, BUFFER_OVER_CACHE * last_level_cache_bytes())
-        mapped = mmap.mmap(-1, self.bytes)
+        mapped = mmap.mmap(-1, self.bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         mapped.madvise(mmap.MADV_HUGEPAGE)  # as the daemon asks for its pool
         self.bits = np.frombuffer(mapped, np.uint16)
         self.pattern = np.zeros(0, np.uint8)
@@ -130,6 +130,11 @@ def compare(arena: Arena, work: Callable[[Item], None], items: Sequence[Item], i
     return {"read_bytes": count * item_bytes} | speeds
 
 
+def inputs(tokens: int, columns: int) -> NDArray[np.float32]:
+    """Random x in fp32, whose numbers bf16 holds: layers of a model of 16 bit pass on such."""
+    return torch.randn(tokens, columns).bfloat16().float().numpy()
+
+
 def sparse_row(arena: Arena, hidden_size: int, gated: bool, tokens: int = 1, rounds: int = ROUNDS) -> Row:
     """fire() and accumulate() over layer after layer of scattered bundles."""
     row_bytes, parts = hidden_size * ELEMENT_BYTES, 3 if gated else 2
@@ -139,7 +144,7 @@ def sparse_row(arena: Arena, hidden_size: int, gated: bool, tokens: int = 1, rou
     layers = np.sort(bundles[: len(bundles) // predicted * predicted].reshape(-1, predicted))
     lists = list(np.uint64(arena.address) + layers * np.uint64(parts * row_bytes))
     kernels = Ffn(arena.workers, [plain("BF16")] * (3 if gated else 2), hidden_size, "relu")
-    x = random.standard_normal((tokens, hidden_size)).astype(np.float32)
+    x = inputs(tokens, hidden_size)
     biases = np.zeros((parts - 1, predicted), np.float32)
     biases[0] = np.where(random.permutation(predicted) < fired, 1e3, -1e3)  # decides which fire
     index, masks = np.arange(predicted, dtype=np.uint32), np.full(predicted, 2**tokens - 1, np.uint16)
@@ -163,7 +168,7 @@ def fill_for(arena: Arena, encoding: Encoding) -> None:
 
 def whole_sum(kernels: Ffn, tokens: int) -> Callable[[NDArray[np.uint64]], None]:
     """What sums over all neurons of a layer, which lie at the addresses that it is given, for random tokens."""
-    x = np.random.default_rng(0).standard_normal((tokens, ENCODED_HIDDEN_SIZE)).astype(np.float32)
+    x = inputs(tokens, ENCODED_HIDDEN_SIZE)
     y = np.zeros_like(x)
 
     def work(addresses: NDArray[np.uint64]) -> None:
@@ -210,7 +215,7 @@ def encoded_linear_row(arena: Arena, encoding: Encoding, tokens: int = 1, rounds
     stored = list(data.reshape(count, LAYER_NEURONS, row_bytes))
     matrices = [EncodedMatrix(encoding, rows, ENCODED_HIDDEN_SIZE) for rows in stored]
     kernel = Linear(arena.workers, "F32")
-    x = np.random.default_rng(0).standard_normal((tokens, ENCODED_HIDDEN_SIZE)).astype(np.float32)
+    x = inputs(tokens, ENCODED_HIDDEN_SIZE)
     y = np.empty((tokens, LAYER_NEURONS), np.float32)
 
     def work(matrix: EncodedMatrix) -> None:
@@ -225,11 +230,11 @@ def linear_row(arena: Arena, what: str, rows: int, columns: int, tokens: int, ro
     matrices = arena.matrices(rows, columns)
     tensors = [torch.from_numpy(matrix.view(np.int16)).view(torch.bfloat16) for matrix in matrices]
     kernel = Linear(arena.workers, "BF16")
-    x, y = torch.randn(tokens, columns), torch.empty(tokens, rows)
-    rounded = x.bfloat16()
+    x, y = inputs(tokens, columns), np.empty((tokens, rows), np.float32)
+    rounded = torch.from_numpy(x).bfloat16()
 
     def native(matrix: NDArray[np.uint16]) -> None:
-        kernel.multiply(matrix, array_of(x), array_of(y))
+        kernel.multiply(matrix, x, y)
 
     def by_torch(matrix: Tensor) -> None:
         functional.linear(rounded, matrix)
@@ -251,7 +256,7 @@ def predictor_row(arena: Arena, hidden_size: int, rank: int = RANK, rounds: int 
         )
         for part in arena.matrices(rows, hidden_size)
     ]
-    x = np.random.default_rng(0).standard_normal((1, hidden_size)).astype(np.float32)
+    x = inputs(1, hidden_size)
 
     def work(layer: LowRankPredictor) -> None:
         layer.predict(x)

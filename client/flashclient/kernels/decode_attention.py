@@ -151,7 +151,7 @@ def use_decode_attention(model: PreTrainedModel, workers: Workers, instruction_s
 
     Args:
         workers: shared with the other kernels.
-        instruction_set: amx, avx512, avx2 or portable; None takes the best.
+        instruction_set: of the names in native/kernels/kernels.h; None takes the best.
 
     Returns:
         The number of modules that use it.

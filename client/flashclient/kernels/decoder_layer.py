@@ -321,7 +321,7 @@ def use_native_layers(
         workers: shared with the other kernels.
         ffn_kind: the class of modules that compute a whole FFN, though other modules hold its parts.
         experts_kind: the class of modules that stream experts.
-        instruction_set: amx, avx512, avx2 or portable; None takes the best.
+        instruction_set: of the names in native/kernels/kernels.h; None takes the best.
 
     Returns:
         The number of modules changed.

@@ -51,7 +51,7 @@ def use_fast_linears(model: nn.Module, workers: Workers, instruction_set: str | 
 
     Args:
         workers: shared with the other kernels.
-        instruction_set: amx, avx512, avx2 or portable; None takes the best.
+        instruction_set: of the names in native/kernels/kernels.h; None takes the best.
 
     Returns:
         The number of modules changed.

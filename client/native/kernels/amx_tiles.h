@@ -20,6 +20,8 @@
 #define LANE KERNEL __attribute__((always_inline)) inline
 #endif
 
+#include "kernels/bf16_parts.h"
+
 // A processor adds the 32 products of a row and a column as two chains, of even and of odd elements, and their sum to
 // what the tile holds. Each step is rounded to the nearest, and numbers below 2^-126 count as 0.
 namespace flashclient {
@@ -27,10 +29,7 @@ namespace {
 
 constexpr size_t TILE_ROWS = 16;
 constexpr size_t TILE_COLUMNS = 16;
-constexpr size_t ROW_BYTES = 64;
 constexpr size_t TILE_BYTES = TILE_ROWS * ROW_BYTES;
-constexpr size_t BLOCK = ROW_BYTES / sizeof(uint16_t);  // elements of a row in a tile
-constexpr size_t PARTS = 3;                             // numbers of bf16 whose sum is one of fp32
 
 struct alignas(64) TileConfig {
     uint8_t palette = 1;
@@ -63,33 +62,19 @@ LANE void add_products() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sums), "i"(weights), "i"(x));
 }
 
-// The next of the PARTS of x, in the upper half of each; what remains is left in x. A part of infinity or NaN is the
-// last.
-LANE __m512i take_part(__m512& x) {
-    const __m512i bits = _mm512_castps_si512(x);
-    const __m512i part = _mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0xffff0000)));
-    const __m512i exponent = _mm512_and_si512(bits, _mm512_set1_epi32(0x7f800000));
-    const __mmask16 finite = _mm512_cmpneq_epi32_mask(exponent, _mm512_set1_epi32(0x7f800000));
-    x = _mm512_maskz_sub_ps(finite, x, _mm512_castsi512_ps(part));
-    return part;
-}
-
-// What precedes the tiles of x: which columns are whose. Tiles are [column tile][block], of [pair][column]. Those of
-// few columns are small, so that x stays in the L1 cache.
-struct alignas(ROW_BYTES) Columns {
-    uint8_t first[TOKENS_MAX];  // column of a token
-    bool exact[TOKENS_MAX];     // it has one column, not PARTS
-    uint8_t count;
+// What precedes the tiles of x. Tiles are [column tile][block], of [pair][column]. Those of few columns are small, so
+// that x stays in the L1 cache.
+struct alignas(ROW_BYTES) TileColumns : Columns {
     uint8_t pair_bytes;  // from a pair of a tile to the next
 
     size_t tile_bytes() const { return TILE_ROWS * pair_bytes; }
 };
-static_assert(sizeof(Columns) == ROW_BYTES);
+static_assert(sizeof(TileColumns) == ROW_BYTES);
 constexpr size_t FEW_COLUMNS = 4;
 
 // The dots of a row with the columns of some tokens, [tile of columns, TILE_COLUMNS]; `apart` from one tile to the
 // next.
-KERNEL inline void store_dots(const float* sums, size_t apart, const Columns& columns, size_t tokens, float* dots) {
+KERNEL inline void store_dots(const float* sums, size_t apart, const TileColumns& columns, size_t tokens, float* dots) {
     if (columns.count == tokens) {  // each token has one column
         const auto mask = static_cast<__mmask16>((1U << tokens) - 1);
         return _mm512_mask_storeu_ps(dots, mask, _mm512_maskz_loadu_ps(mask, sums));

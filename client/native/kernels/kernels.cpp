@@ -42,6 +42,7 @@ bool processor_has(std::string_view instruction_set) {
     const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
                       __builtin_cpu_supports("bmi2");
     if (instruction_set == "avx512_vnni") return vnni;
+    if (instruction_set == "avx512_bf16") return vnni && __builtin_cpu_supports("avx512bf16");
     if (instruction_set == "amx") {
         static const bool granted = amx_is_granted();
         return vnni && granted;
@@ -59,6 +60,7 @@ std::string block_format_names() {
 template <typename Stored>
 const Kernels& table_of(Stored stored, std::string_view instruction_set) {
     if (instruction_set == "amx") return *kernels_amx(stored);
+    if (instruction_set == "avx512_bf16") return *kernels_bf16(stored);
     if (instruction_set == "avx512_vnni") return *kernels_vnni(stored);
     if (instruction_set == "avx512") return *kernels_avx512(stored);
     if (instruction_set == "avx2") return *kernels_avx2(stored);
@@ -72,11 +74,11 @@ const Kernels& best_or_named(Stored stored, const char* instruction_set) {
         if (!processor_has(instruction_set)) {
             throw std::invalid_argument(
                 "instruction set '" + std::string(instruction_set) +
-                "' is unknown or not in this processor: pick amx, avx512_vnni, avx512, avx2 or portable");
+                "' is unknown or not in this processor: pick amx, avx512_bf16, avx512_vnni, avx512, avx2 or portable");
         }
         return table_of(stored, instruction_set);
     }
-    for (const char* name : {"amx", "avx512_vnni", "avx512", "avx2"}) {
+    for (const char* name : {"amx", "avx512_bf16", "avx512_vnni", "avx512", "avx2"}) {
         if (processor_has(name)) return table_of(stored, name);
     }
     return table_of(stored, "portable");

@@ -85,9 +85,10 @@ struct Kernels {
     const GroupSums* groups = nullptr;  // null: there is nothing faster than accumulate()
 };
 
-// The best instruction set of the processor, or the one named: "amx", "avx512_vnni" (which differs from "avx512" for
-// blocks only), "avx512", "avx2" or "portable". Throws
-// std::invalid_argument for an unknown name and for one that this processor lacks.
+// The best instruction set of the processor, or the one named: "amx", "avx512_bf16" (which differs from
+// "avx512_vnni" for bf16 and blocks of FP8 only), "avx512_vnni" (which differs from "avx512" for blocks only),
+// "avx512", "avx2" or "portable". Throws std::invalid_argument for an unknown name and for one that this processor
+// lacks.
 const Kernels& kernels_for(Dtype dtype, const char* instruction_set = nullptr);
 
 // The same for rows of an encoding: plain F32, BF16 and F16, and BLOCK_FORMATS. std::invalid_argument for all others.
@@ -101,6 +102,8 @@ const Kernels* kernels_amx(Dtype dtype);  // that of AVX-512 but for bf16
 const GroupSums* group_sums_amx();        // of bf16
 const Kernels* kernels_avx512(Dtype dtype);
 const Kernels* kernels_avx512(BlockFormat format);
+const Kernels* kernels_bf16(Dtype dtype);               // that of AVX-512 but for bf16
+const Kernels* kernels_bf16(BlockFormat format);        // that of AVX-512 VNNI but for FP8
 const Kernels* kernels_vnni(Dtype dtype);               // that of AVX-512
 const Kernels* kernels_vnni(BlockFormat format);        // that of AVX-512 but for products of integers: not FP8's
 const Kernels* kernels_amx(BlockFormat format);         // the same, of several rows of x by tiles

@@ -21,49 +21,14 @@ constexpr size_t SHORT_ROW = 256;  // elements: of such rows more tiles are mult
 constexpr size_t SHORT_TILES = 4;
 
 size_t packed_bytes(size_t hidden, size_t tokens) {
-    return sizeof(Columns) + divide_up(PARTS * tokens, TILE_COLUMNS) * divide_up(hidden, BLOCK) * TILE_BYTES;
+    return sizeof(TileColumns) + divide_up(PARTS * tokens, TILE_COLUMNS) * divide_up(hidden, BLOCK) * TILE_BYTES;
 }
 
-KERNEL bool is_exact(const float* x, size_t hidden) {
-    __m512i bits = _mm512_setzero_si512();
-    size_t j = 0;
-    for (; j + 16 <= hidden; j += 16) bits = _mm512_or_si512(bits, _mm512_loadu_si512(x + j));
-    if (j < hidden) {
-        const auto mask = static_cast<__mmask16>((1U << (hidden - j)) - 1);
-        bits = _mm512_or_si512(bits, _mm512_maskz_loadu_epi32(mask, x + j));
-    }
-    return (_mm512_reduce_or_epi32(bits) & 0xffff) == 0;
-}
-
-// The bf16 in the upper halves, in order.
-LANE __m256i narrow(__m512i upper) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(upper, 16)); }
-
-KERNEL void assign_columns(const float* x, size_t hidden, size_t tokens, Columns& columns) {
-    size_t count = 0;
-    for (size_t t = 0; t < tokens; t++) {
-        columns.first[t] = static_cast<uint8_t>(count);
-        columns.exact[t] = is_exact(x + t * hidden, hidden);
-        count += columns.exact[t] ? 1 : PARTS;
-    }
-    columns.count = static_cast<uint8_t>(count);
+KERNEL void assign_columns(const float* x, size_t hidden, size_t tokens, TileColumns& columns) {
+    columns.assign(x, hidden, tokens);
+    const size_t count = columns.count;
     const size_t pair_bytes = count <= FEW_COLUMNS ? std::bit_ceil(count) * sizeof(uint32_t) : ROW_BYTES;
     columns.pair_bytes = static_cast<uint8_t>(pair_bytes);
-}
-
-LANE __m512 load_some(const float* x, size_t from, size_t hidden) {
-    const size_t first = std::min(from, hidden);
-    const size_t some = std::min<size_t>(16, hidden - first);
-    return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1U << some) - 1), x + first);
-}
-
-// The parts of the numbers [j, j + BLOCK) of a row of x, in pairs.
-LANE void take_pairs(const float* x, size_t j, size_t hidden, size_t parts, __m512i (&pairs)[PARTS]) {
-    __m512 low = load_some(x, j, hidden);
-    __m512 high = load_some(x, j + 16, hidden);
-    for (size_t part = 0; part < parts; part++) {
-        const __m256i narrow_low = narrow(take_part(low));
-        pairs[part] = _mm512_inserti64x4(_mm512_castsi256_si512(narrow_low), narrow(take_part(high)), 1);
-    }
 }
 
 // A block of the one token that has PARTS columns, of the four of a tile.
@@ -84,14 +49,14 @@ LANE void store_parts(const __m512i (&pairs)[PARTS], void* tile) {
 }
 
 KERNEL void pack(const float* x, size_t hidden, size_t tokens, void* packed) {
-    Columns& columns = *static_cast<Columns*>(packed);
+    TileColumns& columns = *static_cast<TileColumns*>(packed);
     assign_columns(x, hidden, tokens, columns);
-    char* tiles = static_cast<char*>(packed) + sizeof(Columns);
+    char* tiles = static_cast<char*>(packed) + sizeof(TileColumns);
     const size_t blocks = divide_up(hidden, BLOCK);
     const size_t apart = columns.pair_bytes / sizeof(uint32_t);
     __m512i pairs[PARTS];
     for (size_t t = 0; t < tokens; t++) {
-        const size_t parts = columns.exact[t] ? 1 : PARTS;
+        const size_t parts = columns.parts(t);
         for (size_t block = 0; block < blocks; block++) {
             take_pairs(x + t * hidden, block * BLOCK, hidden, parts, pairs);
             if (tokens == 1) {
@@ -282,7 +247,7 @@ KERNEL void dots_of_tiles(const WeightRows<tiles>& rows, const WeightRows<tiles>
 }
 
 template <size_t tiles, size_t column_tiles>
-KERNEL void dots_in_tiles(const void* const* rows, size_t row_count, const Columns& columns, const char* x,
+KERNEL void dots_in_tiles(const void* const* rows, size_t row_count, const TileColumns& columns, const char* x,
                           size_t hidden, size_t tokens, float* dots) {
     alignas(64) float sums[tiles][column_tiles][TILE_ROWS][TILE_COLUMNS];
     const size_t tiles_ahead = std::max<size_t>(1, AHEAD / tiles / divide_up(hidden, BLOCK));
@@ -322,8 +287,8 @@ KERNEL void dots_in_tiles(const void* const* rows, size_t row_count, const Colum
 
 KERNEL void dots(const void* const* rows, size_t row_count, const void* packed, size_t hidden, size_t tokens,
                  float* dots) {
-    const Columns& columns = *static_cast<const Columns*>(packed);
-    const char* x = static_cast<const char*>(packed) + sizeof(Columns);
+    const TileColumns& columns = *static_cast<const TileColumns*>(packed);
+    const char* x = static_cast<const char*>(packed) + sizeof(TileColumns);
     if (columns.count <= TILE_COLUMNS && hidden <= SHORT_ROW) {
         dots_in_tiles<SHORT_TILES, 1>(rows, row_count, columns, x, hidden, tokens, dots);
     } else if (columns.count <= TILE_COLUMNS) {
@@ -342,12 +307,12 @@ template <size_t tiles>
 KERNEL void dots_of_two(const WeightRows<tiles>& rows, size_t row_count, const void* const (&packed)[2], size_t hidden,
                         const size_t (&tokens)[2], float* const (&dots)[2]) {
     alignas(64) float sums[tiles][2][TILE_ROWS][TILE_COLUMNS];
-    const auto tiles_of = [&](size_t group) { return static_cast<const char*>(packed[group]) + sizeof(Columns); };
+    const auto tiles_of = [&](size_t group) { return static_cast<const char*>(packed[group]) + sizeof(TileColumns); };
     const ColumnTiles x{tiles_of(0), static_cast<size_t>(tiles_of(1) - tiles_of(0)), ROW_BYTES};
     dots_of_tiles<tiles, 2>(rows, nullptr, x, hidden, sums[0][0][0]);
     for (size_t r = 0; r < row_count; r++) {
         for (size_t group = 0; group < 2; group++) {
-            store_dots(sums[r / TILE_ROWS][group][r % TILE_ROWS], 0, *static_cast<const Columns*>(packed[group]),
+            store_dots(sums[r / TILE_ROWS][group][r % TILE_ROWS], 0, *static_cast<const TileColumns*>(packed[group]),
                        tokens[group], dots[group] + r * tokens[group]);
         }
     }
@@ -356,7 +321,7 @@ KERNEL void dots_of_two(const WeightRows<tiles>& rows, size_t row_count, const v
 KERNEL void dots_of_groups(const void* const* rows, size_t row_count, const void* const (&packed)[2], size_t hidden,
                            const size_t (&tokens)[2], float* const (&dots)[2]) {
     const auto one_column_each = [&](size_t group) {
-        const Columns& columns = *static_cast<const Columns*>(packed[group]);
+        const TileColumns& columns = *static_cast<const TileColumns*>(packed[group]);
         return columns.count == tokens[group] && columns.pair_bytes == ROW_BYTES;
     };
     if (!one_column_each(0) || !one_column_each(1)) {

@@ -121,13 +121,13 @@ struct Chains {
 
 // What pack() made of rows of x, and how wide tiles of it are.
 struct PackedColumns {
-    const Columns& columns;
+    const TileColumns& columns;
     const char* tiles;
     size_t blocks;  // of a row
 
     PackedColumns(const void* packed, size_t hidden)
-        : columns(*static_cast<const Columns*>(packed)),
-          tiles(static_cast<const char*>(packed) + sizeof(Columns)),
+        : columns(*static_cast<const TileColumns*>(packed)),
+          tiles(static_cast<const char*>(packed) + sizeof(TileColumns)),
           blocks(hidden / BLOCK) {}
 
     bool few() const { return columns.count <= FEW_COLUMNS; }
@@ -210,7 +210,7 @@ KERNEL void add_products_of_slab(const void* matrix, size_t length, const float*
     constexpr size_t LENGTH_MAX = weightd::SLAB_NEURONS_MAX;
     const size_t row_bytes = length / weightd::BLOCK_FORMATS[static_cast<size_t>(format)].values *
                              weightd::BLOCK_FORMATS[static_cast<size_t>(format)].bytes;
-    alignas(64) char packed[sizeof(Columns) + PARTS * LENGTH_MAX / BLOCK * TILE_BYTES];
+    alignas(64) char packed[sizeof(TileColumns) + PARTS * LENGTH_MAX / BLOCK * TILE_BYTES];
     alignas(64) float of_tile[TILE_ROWS * TOKENS_MAX];
     float together[TOKENS_MAX * LENGTH_MAX];
     for (size_t first = 0; first < tokens; first += TOKENS_MAX) {

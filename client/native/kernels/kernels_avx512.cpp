@@ -13,6 +13,8 @@
 #define KERNEL __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,popcnt")))
 #define LANE KERNEL __attribute__((always_inline)) inline
 
+#include "kernels/vector_sums.h"
+
 namespace flashclient {
 namespace {
 
@@ -80,24 +82,10 @@ LANE Lane divide(Lane a, Lane b) { return {_mm512_div_ps(a.value, b.value)}; }
 LANE Lane power_of_two(Lane a) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a.value), 23))}; }
 LANE float sum(Lane a) { return _mm512_reduce_add_ps(a.value); }
 
-LANE __m512 pair_sums(__m512 a, __m512 b) { return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); }
-LANE __m512 pair_sums_of_two(__m512 a, __m512 b) {
-    const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b));
-    const __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b));
-    return _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
-}
-LANE __m512 quarter_sums(__m512 a, __m512 b) {
-    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
-}
-// Lane i of the result is the sum of the lanes of vector i.
 LANE Lane sums_of(const Lane (&lanes)[Lane::WIDTH]) {
-    __m512 fours[4];  // each has in a quarter the partial sums of four vectors
-#pragma GCC unroll 4
-    for (size_t i = 0; i < 4; i++) {
-        fours[i] = pair_sums_of_two(pair_sums(lanes[4 * i].value, lanes[4 * i + 1].value),
-                                    pair_sums(lanes[4 * i + 2].value, lanes[4 * i + 3].value));
-    }
-    return {quarter_sums(quarter_sums(fours[0], fours[1]), quarter_sums(fours[2], fours[3]))};
+    __m512 vectors[Lane::WIDTH];
+    for (size_t i = 0; i < Lane::WIDTH; i++) vectors[i] = lanes[i].value;
+    return {sums_of(vectors)};
 }
 
 }  // namespace

@@ -223,7 +223,7 @@ TEST_P(FfnBits, TermsAreSumsOfTheirOwn) {
     }
 }
 
-INSTANTIATE_TEST_SUITE_P(InstructionSets, FfnBits, testing::Values("amx", "avx512", "avx2", "portable"));
+INSTANTIATE_TEST_SUITE_P(InstructionSets, FfnBits, testing::Values("amx", "avx512_bf16", "avx512", "avx2", "portable"));
 
 }  // namespace
 }  // namespace flashclient

@@ -164,7 +164,8 @@ TEST_P(BlockBits, NumbersOf16BitsAreRoundedToTheNearest) {
     }
 }
 
-INSTANTIATE_TEST_SUITE_P(InstructionSets, BlockBits, testing::Values("amx", "avx512", "avx2", "portable"));
+INSTANTIATE_TEST_SUITE_P(InstructionSets, BlockBits,
+                         testing::Values("amx", "avx512_bf16", "avx512", "avx2", "portable"));
 
 }  // namespace
 }  // namespace flashclient

@@ -86,7 +86,8 @@ TEST_P(AttentionBits, ExponentialsAreThoseOfTheFormula) {
     }
 }
 
-INSTANTIATE_TEST_SUITE_P(InstructionSets, AttentionBits, testing::Values("amx", "avx512", "avx2", "portable"));
+INSTANTIATE_TEST_SUITE_P(InstructionSets, AttentionBits,
+                         testing::Values("amx", "avx512_bf16", "avx512", "avx2", "portable"));
 
 }  // namespace
 }  // namespace flashclient

@@ -149,9 +149,9 @@ TEST_P(LinearBits, PredictorsServeSeveralThreadsAtOnce) {
 }
 
 INSTANTIATE_TEST_SUITE_P(InstructionSets, LinearBits,
-                         testing::Values("amx", "avx512_vnni", "avx512", "avx2", "portable"));
+                         testing::Values("amx", "avx512_bf16", "avx512_vnni", "avx512", "avx2", "portable"));
 INSTANTIATE_TEST_SUITE_P(InstructionSets, LinearBitsOf16,
-                         testing::Values("amx", "avx512_vnni", "avx512", "avx2", "portable"));
+                         testing::Values("amx", "avx512_bf16", "avx512_vnni", "avx512", "avx2", "portable"));
 
 }  // namespace
 }  // namespace flashclient
