@@ -35,7 +35,8 @@ constexpr size_t LINE_BYTES = 64;
 constexpr size_t AHEAD_BYTES = 8192;  // of one token's rows, fetched before they are computed: latency times speed
 constexpr size_t BLOCK_ROWS = 96;
 constexpr size_t BLOCK_ELEMENTS = 4096;  // of x, for all tokens of a tile: half of an L1 cache
-constexpr size_t STRIP_ROWS = 128;       // of down columns, three cache lines of each: less than an L1 cache
+constexpr size_t TERMS = 16;             // down columns that are added together for several tokens
+constexpr size_t TERM_ELEMENTS = 576;    // of them: half of an L1 cache, whole steps of all instruction sets
 static_assert(BLOCK_ELEMENTS / TOKENS_MAX % LINE_BYTES == 0);
 
 // Into the L2 cache, which has more misses under way than L1: that reads memory up to 1.5 times as fast.
@@ -218,93 +219,94 @@ KERNEL void accumulate_one(const void* const* rows, const float* h, size_t row_c
     for (; k < row_count; k++) accumulate_rows<dtype, 1>(rows + k, h + k, begin, end, y, rows + k);
 }
 
-// y += h * row for all rows and a tile of tokens, on elements [j, j + some) of y, which are kept in `lanes` registers.
-template <Dtype dtype, size_t lanes, size_t tile_tokens>
-KERNEL void accumulate_tile(const void* const* rows, const float* const* h, size_t row_count, size_t tokens, size_t j,
-                            size_t some, float* const* y, bool fetch_ahead) {
+// Some rows of down, their h for a tile of tokens, and the rows that are fetched meanwhile.
+template <size_t rows, size_t tokens>
+struct Terms {
+    const void* const* row;
+    const void* const* ahead;
+    float h[rows][tokens];
+};
+
+// y += h * row for a tile of tokens, on elements [j, j + some) of y.
+template <Dtype dtype, size_t lanes, size_t rows, size_t tokens>
+LANE void accumulate_terms(const Terms<rows, tokens>& terms, size_t j, size_t some, float* const (&y)[tokens]) {
     using Weight = typename Element<dtype>::type;
     const bool whole = some == lanes * Lane::WIDTH;
-    Lane sums[tile_tokens][lanes];
-    for (size_t t = 0; t < tile_tokens; t++) {
+    Lane sums[tokens][lanes];
+    for (size_t t = 0; t < tokens; t++) {
         for (size_t l = 0; l < lanes; l++) {
-            sums[t][l] = whole ? Lane::template load<Dtype::f32>(y[t] + j + l * Lane::WIDTH)
-                               : Lane::template load_some<Dtype::f32>(y[t] + j, some);
+            const float* at = y[t] + j + l * Lane::WIDTH;
+            sums[t][l] = whole ? Lane::template load<Dtype::f32>(at) : Lane::template load_some<Dtype::f32>(at, some);
         }
     }
-    for (size_t k = 0; k < row_count; k++) {
-        const auto* row = static_cast<const Weight*>(rows[k]) + j;
-        if (fetch_ahead) {
-            for (size_t l = 0; l < lanes; l += LINE_BYTES / bytes_of(dtype) / Lane::WIDTH) {
-                __builtin_prefetch(row + (lanes + l) * Lane::WIDTH);
-            }
-        }
+    for (size_t k = 0; k < rows; k++) {
+        const auto* row = static_cast<const Weight*>(terms.row[k]) + j;
         Lane weights[lanes];
         for (size_t l = 0; l < lanes; l++) {
             weights[l] =
                 whole ? Lane::template load<dtype>(row + l * Lane::WIDTH) : Lane::template load_some<dtype>(row, some);
         }
-        for (size_t t = 0; t < tile_tokens; t++) {
-            const Lane factor = Lane::all(h[t][k * tokens]);
+        for (size_t t = 0; t < tokens; t++) {
+            const Lane factor = Lane::all(terms.h[k][t]);
             for (size_t l = 0; l < lanes; l++) sums[t][l] = fma(weights[l], factor, sums[t][l]);
         }
     }
-    for (size_t t = 0; t < tile_tokens; t++) {
+    for (size_t t = 0; t < tokens; t++) {
         for (size_t l = 0; l < lanes; l++) {
-            if (whole) {
-                sums[t][l].store(y[t] + j + l * Lane::WIDTH);
-            } else {
-                sums[t][l].store_some(y[t] + j, some);
-            }
+            float* at = y[t] + j + l * Lane::WIDTH;
+            whole ? sums[t][l].store(at) : sums[t][l].store_some(at, some);
         }
     }
 }
 
-// A tile at the edge repeats its last token, and stores it again.
-template <Dtype dtype, size_t lanes>
-KERNEL void accumulate_strip(const void* const* rows, const float* h, size_t row_count, size_t tokens, size_t hidden,
-                             size_t j, size_t some, float* y) {
-    constexpr size_t TOKENS = Lane::TILE_TOKENS;
-    const float* of_token[TOKENS];
-    float* out[TOKENS];
+// The same for all tokens, a tile after the other, on [begin, end). A tile at the edge repeats its last token, and
+// stores it again.
+template <Dtype dtype, size_t rows>
+KERNEL void accumulate_tiles(const void* const* row, const void* const* ahead, const float* h, size_t tokens,
+                             size_t hidden, size_t begin, size_t end, float* y) {
+    constexpr size_t TOKENS = Lane::TILE_TOKENS, LANES = Lane::TILE_ROWS;
+    constexpr size_t STEP = LANES * Lane::WIDTH, LINE = LINE_BYTES / bytes_of(dtype);
     for (size_t t = 0; t < tokens; t += TOKENS) {
+        Terms<rows, TOKENS> terms{row, ahead, {}};
+        float* of_token[TOKENS];
         for (size_t c = 0; c < TOKENS; c++) {
             const size_t token = std::min(t + c, tokens - 1);
-            of_token[c] = h + token;
-            out[c] = y + token * hidden;
+            for (size_t k = 0; k < rows; k++) terms.h[k][c] = h[k * tokens + token];
+            of_token[c] = y + token * hidden;
         }
-        accumulate_tile<dtype, lanes, TOKENS>(rows, of_token, row_count, tokens, j, some, out, t == 0);
+        size_t j = begin;
+        for (; j + STEP <= end; j += STEP) {
+            for (size_t k = 0; t == 0 && k < rows; k++) {
+                const auto* next = static_cast<const typename Element<dtype>::type*>(ahead[k]) + j;
+                for (size_t l = 0; l < STEP; l += LINE) prefetch(next + l);
+            }
+            accumulate_terms<dtype, LANES>(terms, j, STEP, of_token);
+        }
+        for (; j < end; j += Lane::WIDTH) {
+            accumulate_terms<dtype, 1>(terms, j, std::min(Lane::WIDTH, end - j), of_token);
+        }
     }
 }
 
-// The rest of [j, end), after whole strips of more than `lanes` vectors.
-template <Dtype dtype, size_t lanes>
-KERNEL void accumulate_rest(const void* const* rows, const float* h, size_t row_count, size_t tokens, size_t hidden,
-                            size_t j, size_t end, float* y) {
-    constexpr size_t STRIP = lanes * Lane::WIDTH;
-    if (j + STRIP <= end) {
-        accumulate_strip<dtype, lanes>(rows, h, row_count, tokens, hidden, j, STRIP, y);
-        j += STRIP;
-    }
-    if constexpr (lanes > 1) {
-        accumulate_rest<dtype, lanes - 1>(rows, h, row_count, tokens, hidden, j, end, y);
-    } else if (j < end) {
-        accumulate_strip<dtype, 1>(rows, h, row_count, tokens, hidden, j, end - j, y);
-    }
-}
-
-// A strip of a few vectors of some rows stays in the L1 cache for all tokens.
+// Some rows, and some elements of them, are in the L1 cache for all tokens.
 template <Dtype dtype>
 KERNEL void accumulate(const void* const* rows, const float* h, size_t row_count, size_t tokens, size_t hidden,
                        size_t begin, size_t end, float* y) {
-    constexpr size_t STRIP = Lane::TILE_ROWS * Lane::WIDTH;
     if (tokens == 1) return accumulate_one<dtype>(rows, h, row_count, begin, end, y);
-    for (size_t k = 0; k < row_count; k += STRIP_ROWS) {
-        const size_t count = std::min(STRIP_ROWS, row_count - k);
-        size_t j = begin;
-        for (; j + STRIP <= end; j += STRIP) {
-            accumulate_strip<dtype, Lane::TILE_ROWS>(rows + k, h + k * tokens, count, tokens, hidden, j, STRIP, y);
+    for (size_t r = 0; r < std::min(TERMS, row_count); r++) {
+        fetch_lines(static_cast<const typename Element<dtype>::type*>(rows[r]) + begin,
+                    (end - begin) * bytes_of(dtype));
+    }
+    size_t k = 0;
+    for (; k + TERMS <= row_count; k += TERMS) {
+        const size_t next = k + 2 * TERMS <= row_count ? k + TERMS : k;
+        for (size_t j = begin; j < end; j += TERM_ELEMENTS) {
+            accumulate_tiles<dtype, TERMS>(rows + k, rows + next, h + k * tokens, tokens, hidden, j,
+                                           std::min(j + TERM_ELEMENTS, end), y);
         }
-        accumulate_rest<dtype, Lane::TILE_ROWS - 1>(rows + k, h + k * tokens, count, tokens, hidden, j, end, y);
+    }
+    for (; k < row_count; k++) {
+        accumulate_tiles<dtype, 1>(rows + k, rows + k, h + k * tokens, tokens, hidden, begin, end, y);
     }
 }
 
