@@ -74,7 +74,7 @@ ARCHITECTURE_LINES_MAX = 150
 FOLDERS = {"weightd": ROOT / "weightd" / "weightd", "flashclient": ROOT / "client" / "flashclient"}
 NATIVE = {
     "weightd": ["device", "bundle", "pool", "memory", "engine", "session", "service"],
-    "client": ["formats", "kernels", "ffn", "predict", "experts", "tables", "ring"],
+    "client": ["formats", "vectors", "kernels", "ffn", "predict", "experts", "tables", "ring"],
 }
 
 

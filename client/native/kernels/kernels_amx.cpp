@@ -9,7 +9,7 @@
 #include "kernels/kernels.h"
 
 #if defined(__x86_64__)
-#include "kernels/amx_tiles.h"
+#include "vectors/amx_tiles.h"
 
 namespace flashclient {
 namespace {

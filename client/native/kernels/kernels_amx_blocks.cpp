@@ -19,7 +19,7 @@
 
 #include "formats/integer_products.h"
 #include "formats/integer_slabs.h"
-#include "kernels/amx_tiles.h"
+#include "vectors/amx_tiles.h"
 
 namespace flashclient {
 namespace {

@@ -7,7 +7,7 @@
 
 #if defined(__x86_64__)
 #include "formats/field.h"
-#include "kernels/amx_tiles.h"
+#include "vectors/amx_tiles.h"
 
 namespace flashclient {
 namespace {

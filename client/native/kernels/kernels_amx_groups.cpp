@@ -3,8 +3,8 @@
 // A tile of h is 16 tokens of the 32 neurons of a group, one of down 16 elements of them, in pairs of neurons. A
 // product adds to y the sum of a group for one part of h (amx_tiles.h). For one token vectors take the same steps in
 // the same order, rounded in the same way, and memory is read as fast as it can be.
-#include "kernels/amx_tiles.h"
 #include "kernels/kernels.h"
+#include "vectors/amx_tiles.h"
 
 #if defined(__x86_64__)
 namespace flashclient {

@@ -13,7 +13,7 @@
 #define KERNEL __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,popcnt")))
 #define LANE KERNEL __attribute__((always_inline)) inline
 
-#include "kernels/vector_sums.h"
+#include "vectors/vector_sums.h"
 
 namespace flashclient {
 namespace {

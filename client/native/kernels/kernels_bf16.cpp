@@ -6,7 +6,7 @@
 #include "kernels/kernels.h"
 
 #if defined(__x86_64__)
-#include "kernels/bf16_pairs.h"
+#include "vectors/bf16_pairs.h"
 
 namespace flashclient {
 namespace {
@@ -99,7 +99,7 @@ KERNEL void dots_of_few(const void* const* rows, size_t row_count, const PackedX
 }
 
 // The chains of some rows with all columns: of each tile of columns in turn, [row][column].
-struct Chains {
+struct ChainsOfColumns {
     __m512 of[COLUMN_TILES * ROWS_OF_MANY * COLUMNS_TOGETHER];
 
     template <size_t columns>
@@ -118,7 +118,7 @@ struct Chains {
 KERNEL void dots_of_many(const void* const* rows, size_t row_count, const PackedX& x, size_t hidden, float* dots) {
     const size_t lines = divide_up(hidden, BLOCK), count = x.columns.count;
     const auto row_of_tile = [&](size_t column) { return std::min(column, count) * ROWS_OF_MANY / count; };
-    Chains chains;
+    ChainsOfColumns chains;
     for (size_t i = 0; i < row_count; i += ROWS_OF_MANY) {
         const RowTile<ROWS_OF_MANY> tile(rows, row_count, i, 1);
         for (size_t begin = 0; begin < lines; begin += STRETCH) {

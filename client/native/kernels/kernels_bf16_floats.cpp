@@ -11,7 +11,7 @@
 #include <bit>
 #include <cmath>
 
-#include "kernels/bf16_pairs.h"
+#include "vectors/bf16_pairs.h"
 
 namespace flashclient {
 namespace {
@@ -51,13 +51,34 @@ struct Decoder {
         }
     }
 
-    // The lower and the upper half of each eight of the codes, as 32 bf16 each.
-    LANE void decode(__m512i codes, __m512i& lower, __m512i& upper) const {
-        constexpr int AND_OR = 0xf8;  // of ternary logic: a | b & c
+    // The numbers of some lines of codes.
+    template <size_t lines>
+    LANE void decode(const uint8_t* codes, uint16_t* values) const {
+        auto* out = reinterpret_cast<__m512i*>(values);
+        __m512i lower, upper;
+        if constexpr (lines == 1) {
+            const __m512i twice = _mm512_setr_epi64(0, 0, 1, 1, 2, 2, 3, 3);
+            const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
+            decode_eights(_mm512_permutexvar_epi64(twice, _mm512_castsi256_si512(half)), lower, upper);
+            return _mm512_store_si512(out, lower);
+        }
+        const __m512i apart = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+#pragma GCC unroll 4
+        for (size_t line = 0; line + 1 < lines; line += 2) {
+            const __m512i both = _mm512_loadu_si512(codes + line * BLOCK);
+            decode_eights(_mm512_permutexvar_epi64(apart, both), lower, upper);
+            _mm512_store_si512(out + line, lower);
+            _mm512_store_si512(out + line + 1, upper);
+        }
+    }
+
+    // Of each 16 codes the first eight and the last eight, as bf16.
+    LANE void decode_eights(__m512i codes, __m512i& lower, __m512i& upper) const {
+        constexpr int OR_AND = 0xf8;  // of ternary logic: a | b & c
         const __m512i low_bytes = _mm512_permutex2var_epi8(low[0], codes, low[1]);
         const __m512i sizes = _mm512_permutex2var_epi8(high[0], codes, high[1]);
         const __m512i high_bytes =
-            _mm512_ternarylogic_epi32(sizes, codes, _mm512_set1_epi8(static_cast<char>(SIGN)), AND_OR);
+            _mm512_ternarylogic_epi32(sizes, codes, _mm512_set1_epi8(static_cast<char>(SIGN)), OR_AND);
         lower = _mm512_unpacklo_epi8(low_bytes, high_bytes);
         upper = _mm512_unpackhi_epi8(low_bytes, high_bytes);
     }
@@ -81,88 +102,72 @@ struct Panel {
     // Lines [begin, begin + count) of the rows. Fetches as many bytes from `ahead` on.
     KERNEL void fill(const Decoder& decoder, const uint8_t* const (&row)[ROWS], size_t begin, size_t count,
                      const uint8_t* const (&ahead)[ROWS]) {
-        const __m512i apart = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7),
-                      alone = _mm512_setr_epi64(0, 0, 1, 1, 2, 2, 3, 3);
         for (size_t r = 0; r < ROWS; r++) {
             for (size_t i = 0; i < count / Block::LINES; i++) {
-                const size_t offset = i * Block::BYTES;
-                const uint8_t* block = row[r] + begin / Block::LINES * Block::BYTES + offset;
+                const uint8_t* block = row[r] + (begin / Block::LINES + i) * Block::BYTES;
                 for (size_t line = 0; line < Block::BYTES; line += ROW_BYTES) {
-                    __builtin_prefetch(ahead[r] + offset + line, 0, 2);
+                    __builtin_prefetch(ahead[r] + i * Block::BYTES + line, 0, 2);
                 }
                 std::memcpy(&scale[i][r], block, sizeof(float));
-                const uint8_t* codes = block + sizeof(float);
-                auto* out = reinterpret_cast<__m512i*>(values[r] + i * Block::VALUES);
-                __m512i lower, upper;
-                if constexpr (Block::LINES == 1) {
-                    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
-                    decoder.decode(_mm512_permutexvar_epi64(alone, _mm512_castsi256_si512(half)), lower, upper);
-                    _mm512_store_si512(out, lower);
-                } else {
-#pragma GCC unroll 4
-                    for (size_t pair = 0; pair < Block::LINES / 2; pair++) {
-                        const __m512i both = _mm512_loadu_si512(codes + pair * 2 * BLOCK);
-                        decoder.decode(_mm512_permutexvar_epi64(apart, both), lower, upper);
-                        _mm512_store_si512(out + 2 * pair, lower);
-                        _mm512_store_si512(out + 2 * pair + 1, upper);
-                    }
-                }
+                decoder.decode<Block::LINES>(block + sizeof(float), values[r] + i * Block::VALUES);
             }
-        }
-    }
-
-    // Adds the products of `count` lines of rows [first, first + rows) with the tile of columns x.
-    template <size_t rows, size_t columns>
-    KERNEL void add_products(size_t first, size_t count, const char* x, __m512* chains) const {
-        __m512 chain[rows][columns];
-#pragma GCC unroll 8
-        for (size_t r = 0; r < rows; r++) {
-#pragma GCC unroll 4
-            for (size_t c = 0; c < columns; c++) chain[r][c] = chains[r * columns + c];
-        }
-        for (size_t i = 0; i < count / Block::LINES; i++) {
-            __m512 of_block[rows][columns];
-            for (auto& of_row : of_block) std::fill_n(of_row, columns, _mm512_setzero_ps());
-            for (size_t line = i * Block::LINES; line < (i + 1) * Block::LINES; line++, x += columns * ROW_BYTES) {
-#pragma GCC unroll 4
-                for (size_t c = 0; c < columns; c++) {
-                    const __m512bh value = line_of(x, c);
-#pragma GCC unroll 8
-                    for (size_t r = 0; r < rows; r++) {
-                        of_block[r][c] = _mm512_dpbf16_ps(of_block[r][c], line_of(values[first + r], line), value);
-                    }
-                }
-            }
-#pragma GCC unroll 8
-            for (size_t r = 0; r < rows; r++) {
-                const __m512 factor = _mm512_set1_ps(scale[i][first + r]);
-#pragma GCC unroll 4
-                for (size_t c = 0; c < columns; c++) chain[r][c] = _mm512_fmadd_ps(of_block[r][c], factor, chain[r][c]);
-            }
-        }
-#pragma GCC unroll 8
-        for (size_t r = 0; r < rows; r++) {
-#pragma GCC unroll 4
-            for (size_t c = 0; c < columns; c++) chains[r * columns + c] = chain[r][c];
-        }
-    }
-
-    // The same for all rows and a tile of `width` columns.
-    KERNEL void add_tile(size_t width, size_t count, const char* x, __m512* chains) const {
-        switch (width) {
-            case 1:
-                return add_products<ROWS, 1>(0, count, x, chains);
-            case 2:
-                return add_products<ROWS, 2>(0, count, x, chains);
-            case 3:
-                add_products<ROWS / 2, 3>(0, count, x, chains);
-                return add_products<ROWS / 2, 3>(ROWS / 2, count, x, chains + ROWS / 2 * 3);
-            default:
-                add_products<ROWS / 2, 4>(0, count, x, chains);
-                return add_products<ROWS / 2, 4>(ROWS / 2, count, x, chains + ROWS / 2 * 4);
         }
     }
 };
+
+// Adds the products of `count` lines of rows [first, first + rows) with the tile of columns x.
+template <BlockFormat format, size_t rows, size_t columns>
+KERNEL void add_products(const Panel<format>& panel, size_t first, size_t count, const char* x, __m512* chains) {
+    __m512 chain[rows][columns];
+#pragma GCC unroll 8
+    for (size_t r = 0; r < rows; r++) {
+#pragma GCC unroll 4
+        for (size_t c = 0; c < columns; c++) chain[r][c] = chains[r * columns + c];
+    }
+    for (size_t i = 0; i < count / Blocks<format>::LINES; i++) {
+        __m512 of_block[rows][columns];
+        for (auto& of_row : of_block) std::fill_n(of_row, columns, _mm512_setzero_ps());
+        for (size_t line = i * Blocks<format>::LINES; line < (i + 1) * Blocks<format>::LINES;
+             line++, x += columns * ROW_BYTES) {
+#pragma GCC unroll 4
+            for (size_t c = 0; c < columns; c++) {
+                const __m512bh value = line_of(x, c);
+#pragma GCC unroll 8
+                for (size_t r = 0; r < rows; r++) {
+                    of_block[r][c] = _mm512_dpbf16_ps(of_block[r][c], line_of(panel.values[first + r], line), value);
+                }
+            }
+        }
+#pragma GCC unroll 8
+        for (size_t r = 0; r < rows; r++) {
+            const __m512 factor = _mm512_set1_ps(panel.scale[i][first + r]);
+#pragma GCC unroll 4
+            for (size_t c = 0; c < columns; c++) chain[r][c] = _mm512_fmadd_ps(of_block[r][c], factor, chain[r][c]);
+        }
+    }
+#pragma GCC unroll 8
+    for (size_t r = 0; r < rows; r++) {
+#pragma GCC unroll 4
+        for (size_t c = 0; c < columns; c++) chains[r * columns + c] = chain[r][c];
+    }
+}
+
+// The same for all rows and a tile of `width` columns.
+template <BlockFormat format>
+KERNEL void add_tile(const Panel<format>& panel, size_t width, size_t count, const char* x, __m512* chains) {
+    switch (width) {
+        case 1:
+            return add_products<format, ROWS, 1>(panel, 0, count, x, chains);
+        case 2:
+            return add_products<format, ROWS, 2>(panel, 0, count, x, chains);
+        case 3:
+            add_products<format, ROWS / 2, 3>(panel, 0, count, x, chains);
+            return add_products<format, ROWS / 2, 3>(panel, ROWS / 2, count, x, chains + ROWS / 2 * 3);
+        default:
+            add_products<format, ROWS / 2, 4>(panel, 0, count, x, chains);
+            return add_products<format, ROWS / 2, 4>(panel, ROWS / 2, count, x, chains + ROWS / 2 * 4);
+    }
+}
 
 template <BlockFormat format>
 KERNEL void dots(const void* const* rows, size_t row_count, const void* packed, size_t hidden, size_t tokens,
@@ -189,7 +194,7 @@ KERNEL void dots(const void* const* rows, size_t row_count, const void* packed, 
             panel.fill(decoder, row, begin, some, ahead);
             for (size_t c = 0; c < count; c += COLUMNS_TOGETHER) {
                 const size_t width = std::min(count - c, COLUMNS_TOGETHER);
-                panel.add_tile(width, some, x.lines + (c * lines + begin * width) * ROW_BYTES, chains + c * ROWS);
+                add_tile(panel, width, some, x.lines + (c * lines + begin * width) * ROW_BYTES, chains + c * ROWS);
             }
         }
         x.store_tile<ROWS>(chains, std::min(ROWS, row_count - i), dots + i * tokens);

@@ -1,5 +1,5 @@
 // Numbers of fp32 as sums of numbers of bf16, for kernels that multiply bf16: it has 8 bits, fp32 has 24. Files that
-// include this define KERNEL and LANE before, as kernels_body.h says.
+// include this define KERNEL and LANE before, as kernels_body.h says, and include kernels/kernels.h.
 #pragma once
 
 #include <immintrin.h>
@@ -7,8 +7,6 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-
-#include "kernels/kernels.h"
 
 namespace flashclient {
 namespace {

@@ -1,7 +1,6 @@
-// Rows of x in the form that kernels_bf16*.cpp take: the lines of a few columns of bf16 lie side by side.
+// Rows of x in the form that kernels_bf16*.cpp take: the lines of a few columns of bf16 lie side by side. It
+// is included after kernels/kernels.h.
 #pragma once
-
-#include "kernels/kernels.h"
 
 #if defined(__x86_64__)
 #if defined(__GNUC__) && !defined(__clang__)
@@ -18,8 +17,8 @@
 #include <algorithm>
 #include <cstring>
 
-#include "kernels/bf16_parts.h"
-#include "kernels/vector_sums.h"
+#include "vectors/bf16_parts.h"
+#include "vectors/vector_sums.h"
 
 namespace flashclient {
 namespace {

@@ -1,8 +1,6 @@
 // Tiles of Intel's AMX, and the products of bf16 in them, for kernels_amx*.cpp. Files with products of other numbers
-// define KERNEL and LANE before.
+// define KERNEL and LANE before. All include kernels/kernels.h before.
 #pragma once
-
-#include "kernels/kernels.h"
 
 #if defined(__x86_64__)
 #if defined(__GNUC__) && !defined(__clang__)
@@ -20,7 +18,7 @@
 #define LANE KERNEL __attribute__((always_inline)) inline
 #endif
 
-#include "kernels/bf16_parts.h"
+#include "vectors/bf16_parts.h"
 
 // A processor adds the 32 products of a row and a column as two chains, of even and of odd elements, and their sum to
 // what the tile holds. Each step is rounded to the nearest, and numbers below 2^-126 count as 0.
