@@ -20,6 +20,7 @@ TRIED_PASSES = 3  # of one way, before it is judged; the first is not measured, 
 FIRST_STAY_PASSES = 24  # with the better way, before the other is tried again
 STAY_PASSES_MAX = 384
 MEASURED_PASSES = 8  # of each way: the last ones count
+DRAFT_TOKENS_MAX = 64  # of a pass: more are rare
 ACCEPTED_LEAST = 1.0  # tokens of a pass, on average, for which sampling goes on with drafts
 
 
@@ -91,14 +92,19 @@ class DraftWatch:
 
 
 @contextmanager
-def watched(model: Any, watch: DraftWatch) -> Iterator[None]:
-    """Inside the `with` statement, `model.generate()` drafts only in passes in which `watch` says so."""
+def watched(model: Any, watch: DraftWatch, is_long: Callable[[int], bool]) -> Iterator[None]:
+    """Inside the `with` statement, `model.generate()` drafts only in passes in which `watch` says so.
+
+    Args:
+        is_long: whether so many tokens rotate by long factors. A text that becomes long is not drafted any more before
+            it does: its drafts would rotate its tokens, and transformers' Phi-3 as a draft fails there.
+    """
     candidate_generator = model._get_candidate_generator
 
     def watched_generator(*positional: Any, **named: Any) -> Any:
         generator = candidate_generator(*positional, **named)
         if not getattr(generator, "requires_model_outputs", False):
-            _watch(generator, watch)
+            _watch(generator, watch, is_long)
         return generator
 
     model._get_candidate_generator = watched_generator
@@ -108,13 +114,16 @@ def watched(model: Any, watch: DraftWatch) -> Iterator[None]:
         del model._get_candidate_generator
 
 
-def _watch(generator: Any, watch: DraftWatch) -> None:
+def _watch(generator: Any, watch: DraftWatch, is_long: Callable[[int], bool]) -> None:
     get, update = generator.get_candidates, generator.update_candidate_strategy
     drafted = True
+    began_long: bool | None = None
 
     def get_candidates(input_ids: Any, *positional: Any, **named: Any) -> Any:
-        nonlocal drafted
-        drafted = watch.drafts(input_ids.shape[1])
+        nonlocal drafted, began_long
+        length = input_ids.shape[1]
+        began_long = is_long(length) if began_long is None else began_long
+        drafted = watch.drafts(length) and is_long(length + DRAFT_TOKENS_MAX) == began_long
         return get(input_ids, *positional, **named) if drafted else (input_ids, None)
 
     def update_candidate_strategy(*positional: Any, **named: Any) -> None:

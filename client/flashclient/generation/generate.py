@@ -141,7 +141,7 @@ class Generator:
             ending.enter_context(meter.watching(self._model, assistant))
             watch = DraftWatch(timed=not call.config.do_sample)
             if call.drafted:
-                ending.enter_context(watched(self._model, watch))
+                ending.enter_context(watched(self._model, watch, self._is_long))
             try:
                 output = self._generate(**call.arguments)
             except IndexError as error:  # of models like OPT, which run all layers whatever their config says

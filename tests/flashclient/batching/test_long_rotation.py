@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import queue
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,10 @@ def test_each_gets_what_transformers_gives(dense: Any, tmp_path: Path) -> None:
         assert client.loaded.short_tokens == SHORT
         got = [client.generate(torch.tensor([one]), **GREEDY)[0, len(one) :].tolist() for one in prompts]
         assert got == expected
+        drafts: list[dict[str, Any]] = [{"assistant_model": dense}, {"prompt_lookup_num_tokens": 3}]
+        for draft, (one, tokens) in itertools.product(drafts, zip(prompts, expected, strict=True)):
+            drafted = client.generate(torch.tensor([one]), **GREEDY, **draft)
+            assert drafted[0, len(one) :].tolist() == tokens
         scheduler = Scheduler(client.loaded)
         try:
             for order in (prompts, prompts[::-1], prompts):  # with what was kept before

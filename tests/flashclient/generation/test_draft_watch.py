@@ -74,7 +74,7 @@ def test_transformers_learns_no_threshold_for_which_it_would_import_scikit_learn
             seen.append(len(self.probs))
 
     model = SimpleNamespace(_get_candidate_generator=Generator)
-    with watched(model, DraftWatch(timed=True)):
+    with watched(model, DraftWatch(timed=True), lambda tokens: False):
         generator = model._get_candidate_generator()
         generator.get_candidates(torch.ones(1, 4))
         generator.update_candidate_strategy(num_matches=2)
