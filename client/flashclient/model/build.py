@@ -161,8 +161,9 @@ def build_model(
 def read_generation_config(folder: Path) -> GenerationConfig:
     """As transformers' from_pretrained(): older checkpoints have its values in config.json."""
     if (folder / GENERATION_CONFIG_NAME).exists():
-        return GenerationConfig.from_pretrained(folder)
-    found = GenerationConfig.from_pretrained(folder, config_file_name=CONFIG_NAME, _from_model_config=True)
+        found = GenerationConfig.from_pretrained(folder)
+    else:
+        found = GenerationConfig.from_pretrained(folder, config_file_name=CONFIG_NAME, _from_model_config=True)
     if getattr(found, "use_mtp", None):  # in MiniMax-M2's config.json it says that there are heads, which are left out
         found.use_mtp = None
     return found

@@ -39,6 +39,7 @@ IMPLIED = re.compile(
 )
 # Causal masks, and the number that stood for no attention: checkpoints of GPT-2's time hold them.
 MASK = re.compile(r"(\.|^)(attn|(self_)?attention)\.(bias|masked_bias|causal_mask)$")
+FURTHER_LAYERS = ("num_nextn_predict_layers", "num_mtp_modules")  # fields of configs
 FURTHER_TOKENS = re.compile(r"(\.|^)(mtp|nextn|eagle|medusa)\w*\.")
 # The loader of older versions needs to be told that no tensor is distributed.
 _PARAMETERS = inspect.signature(convert_and_load_state_dict_in_model).parameters
@@ -260,7 +261,7 @@ def _is_mask(shape: Shape) -> bool:
 
 
 def _is_further_layer(config: Any, name: str) -> bool:
-    """Layers after the last are the modules that predict further tokens (DeepSeek-V3, GLM-4.5)."""
-    further = getattr(config, "num_nextn_predict_layers", None) or 0
+    """Layers after the last are the modules that predict further tokens (DeepSeek-V3, GLM-4.5, MiniMax-M2)."""
+    further = max(getattr(config, field, None) or 0 for field in FURTHER_LAYERS)
     layer = LAYER.search(name)
     return layer is not None and 0 <= int(layer[1]) - config.num_hidden_layers < further

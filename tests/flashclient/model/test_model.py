@@ -180,9 +180,10 @@ def test_generation_settings_are_those_of_transformers(tmp_path: Path) -> None:
     assert expected.repetition_penalty == 1.5
 
 
-def test_a_config_that_has_heads_for_further_tokens_asks_for_no_drafts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_a_config_that_has_heads_for_further_tokens_asks_for_no_drafts(file: str, tmp_path: Path) -> None:
     """MiniMax-M2's has use_mtp. transformers' generate() then looks for heads that it has not loaded."""
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "minimax_m2", "use_mtp": True}))
+    (tmp_path / file).write_text(json.dumps({"model_type": "minimax_m2", "use_mtp": True}))
     assert getattr(read_generation_config(tmp_path), "use_mtp", None) is None
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from flashclient.errors import ModelError
-from flashclient.tensors.names import find_tensors, kept_in_f32, part_source, places_of
+from flashclient.tensors.names import FURTHER_LAYERS, find_tensors, kept_in_f32, part_source, places_of
 from flashclient.tensors.places import Joined, Piece, Place, UntraceableError, gather, matrix, message, stack
 from flashclient.tensors.tracing import TracedTensor
 from weightd_proto.weightd_pb2 import MatrixSource, Slice, TensorSource
@@ -182,6 +182,17 @@ def test_what_transformers_leaves_out_is_named_with_the_reason(tmp_path: Path) -
     found = find_tensors(on_meta(model), whole(saved(model, tmp_path) | more))
     assert {name for names in found.left_out.values() for name in names} == set(more)
     assert len(found.left_out) == 3
+
+
+@pytest.mark.parametrize("field", FURTHER_LAYERS)
+def test_layers_that_predict_further_tokens_are_left_out(field: str, tmp_path: Path) -> None:
+    model = make("mixtral", **{field: 1})
+    tensors = saved(model, tmp_path)
+    name = f"model.layers.{model.config.num_hidden_layers}.enorm.weight"
+    found = find_tensors(on_meta(model), whole(tensors | {name: torch.ones(3)}))
+    assert [names for names in found.left_out.values() if name in names]
+    with pytest.raises(ModelError, match=r"no place for, first .*enorm"):
+        find_tensors(on_meta(model), whole(tensors | {name.replace("2", "3"): torch.ones(3)}))
 
 
 MASK = (1, 1, 64, 64)
