@@ -3,19 +3,25 @@ promise.
 
 A module becomes native if it is a router: it has a matrix as weight and perhaps a bias, and returns logits, weights and
 picks that are the kernel's for random inputs. The order of two experts with the same logit may differ.
+
+Other routers, which pick by groups or by sigmoids (DeepSeek-V3, GLM-4.5), keep their forward. In it torch's product is
+the kernel's, and torch's functions compute each element alone.
 """
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from flashclient._native import Router, Routers, Workers
+from flashclient._native import Linear, Router, Routers, Workers
 from flashclient.kernels.arrays import KernelOf, array_of
 from flashclient.kernels.dtypes import KERNEL_DTYPES
+from flashclient.kernels.resident_linear import ResidentLinear
 from flashclient.kernels.trials import (
     Native,
     has_plain_weights,
@@ -29,6 +35,7 @@ from flashclient.kernels.trials import (
 EXPERTS_MAX = 1024  # published: up to 512; larger matrices would take long to try
 TRIED_ROWS = 16
 TRIED_SCALES = (1.0, 0.01, 10.0)  # of logits, about
+BY_ELEMENT = {torch.sigmoid, Tensor.sigmoid, nn.functional.softplus, nn.functional.silu}  # what routers take of torch
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,56 @@ class NativeRouter(Native):
         return not torch.compiler.is_compiling() and self.router_kernels.takes(x) and self.is_plain(x)
 
 
+class _ByRow(TorchFunctionMode):
+    """Inside it, torch's products and functions of single elements give a row the bits that it has alone."""
+
+    def __init__(self, kernels: KernelOf[Linear]) -> None:
+        super().__init__()
+        self._kernels = kernels
+        self.products = 0
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = kwargs or {}
+        if function is nn.functional.linear:
+            made = self._product(*args, **named)
+            if made is not None:
+                self.products += 1
+                return made
+        if function in BY_ELEMENT and args:
+            args = (_apart(args[0]), *args[1:])
+        return function(*args, **named)
+
+    def _product(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+        same = all(one.dtype == input.dtype and one.is_contiguous() for one in (weight, bias) if one is not None)
+        if not self._kernels.takes(input) or not same or weight.dim() != 2 or not weight.is_cpu:
+            return None
+        rows = input.reshape(-1, input.shape[-1]).contiguous()
+        y = torch.empty(len(rows), len(weight), dtype=rows.dtype, device="cpu")
+        added = None if bias is None else array_of(bias)
+        self._kernels[rows.dtype].project(array_of(weight), added, array_of(rows), array_of(y))
+        return y.view(*input.shape[:-1], len(weight))
+
+
+def _apart(x: Tensor) -> Tensor:
+    """The same values, no two side by side: torch computes neighbours in groups, and the last ones by other code."""
+    return torch.stack([x, x], dim=-1)[..., 0]
+
+
+class RouterByRow(Native):
+    """The forward pass that a router has, each row as if it were alone: for routers whose formula no kernel has."""
+
+    product_kernels: KernelOf[Linear]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """That of the class which the module had."""
+        given = (*args, *kwargs.values(), *self._parameters.values())
+        with_gradient = torch.is_grad_enabled() and any(isinstance(one, Tensor) and one.requires_grad for one in given)
+        if torch.compiler.is_compiling() or with_gradient:
+            return super().forward(*args, **kwargs)
+        with _ByRow(self.product_kernels):
+            return super().forward(*args, **kwargs)
+
+
 def use_native_routers(model: nn.Module, workers: Workers, instruction_set: str | None = None) -> int:
     """Makes every router of `model` native whose formula the kernel has.
 
@@ -106,11 +163,16 @@ def use_native_routers(model: nn.Module, workers: Workers, instruction_set: str 
     """
     kernels = KernelOf({dtype: Routers(workers, name, instruction_set) for dtype, name in KERNEL_DTYPES.items()})
 
+    products = KernelOf({dtype: Linear(workers, name, instruction_set) for dtype, name in KERNEL_DTYPES.items()})
+
     def find(module: nn.Module) -> dict[str, Any] | None:
         formula = _formula_of(module, kernels)
         return None if formula is None else {"formula": formula, "router_kernels": kernels}
 
-    return make_native(model, NativeRouter, _key, find)
+    def find_other(module: nn.Module) -> dict[str, Any] | None:
+        return {"product_kernels": products} if _multiplies(module, products) else None
+
+    return make_native(model, NativeRouter, _key, find) + make_native(model, RouterByRow, _other_key, find_other)
 
 
 def _key(module: nn.Module) -> Any:
@@ -132,6 +194,37 @@ def _key(module: nn.Module) -> Any:
         if plain and weight is not None
         else None
     )
+
+
+def _other_key(module: nn.Module) -> Any:
+    """Like _key(), for a router that may have other vectors, too."""
+    weight = module._parameters.get("weight")
+    plain = (
+        weight is not None
+        and not isinstance(module, nn.Embedding)
+        and not any(isinstance(one, Native | ResidentLinear) or type(one) is nn.Linear for one in module.modules())
+        and type(weight) is nn.Parameter
+        and weight.is_cpu
+        and weight.dim() == 2
+        and weight.shape[0] <= EXPERTS_MAX
+        and weight.dtype in KERNEL_DTYPES
+    )
+    return (type(module), weight.shape, weight.dtype) if plain and weight is not None else None
+
+
+def _multiplies(module: nn.Module, kernels: KernelOf[Linear]) -> bool:
+    """Whether the module multiplies rows by a matrix, in a product that the kernel takes."""
+    weight = module._parameters["weight"]
+    assert weight is not None  # _other_key() has seen it
+    some = random_tensors(weight.dtype)
+    needed = [one for one in inspect.signature(module.forward).parameters.values() if one.default is one.empty]
+    vectors = [some(len(weight)) for one in needed[1:] if one.kind is one.POSITIONAL_OR_KEYWORD]  # added to scores
+    try:
+        with torch.no_grad(), _ByRow(kernels) as watched:
+            module(some(TRIED_ROWS, weight.shape[1]), *vectors)
+    except Exception:  # whatever a module raises that was not made for this
+        return False
+    return bool(watched.products)
 
 
 def _formula_of(module: nn.Module, kernels: dict[torch.dtype, Routers]) -> RouterFormula | None:

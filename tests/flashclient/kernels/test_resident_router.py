@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from flashclient.kernels.mixtures import Mixture, mixture_of
-from flashclient.kernels.resident_router import NativeRouter, use_native_routers
+from flashclient.kernels.resident_linear import use_fast_linears
+from flashclient.kernels.resident_router import NativeRouter, RouterByRow, use_native_routers
 from flashclient.kernels.trials import same_but_for_rounding
 
 EXPERTS: dict[str, Any] = {"num_experts_per_tok": 3, "num_hidden_layers": 1}
@@ -100,3 +101,40 @@ def test_a_block_that_scales_its_output_is_none() -> None:
 
     block.__dict__["forward"] = scaled
     assert mixture_of(block, type(block.experts)) is None
+
+
+GROUPED: dict[str, Any] = {"n_routed_experts": 12, "moe_intermediate_size": 32, "n_group": 2, "topk_group": 1}
+LATENT: dict[str, Any] = {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
+# Types whose routers no kernel computes: by groups, sigmoids, with a bias that the block gives, and other formulas.
+BY_ROW: dict[str, dict[str, Any]] = {
+    "deepseek_v3": GROUPED | LATENT | {"v_head_dim": 16, "first_k_dense_replace": 0, "num_key_value_heads": 4},
+    "glm4_moe": GROUPED | {"first_k_dense_replace": 0},
+    "minimax_m2": {"num_local_experts": 12, "head_dim": 16},
+    "phimoe": {"num_local_experts": 12, "num_experts_per_tok": 2},
+    "llama4_text": {"num_local_experts": 12, "head_dim": 16, "intermediate_size_mlp": 96},
+    "ernie4_5_moe": {"moe_num_experts": 12, "moe_layer_start_index": 0, "moe_intermediate_size": 32},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", BY_ROW)
+def test_rows_of_other_routers_are_alone(kind: str, dtype: torch.dtype) -> None:
+    config = AutoConfig.for_model(kind, **(SIZES | EXPERTS | BY_ROW[kind]))
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+    model.eval().requires_grad_(False)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    use_fast_linears(model, WORKERS)
+    assert use_native_routers(model, WORKERS) == 1
+    (router,) = (one for one in model.modules() if isinstance(one, RouterByRow))
+    vectors = [torch.randn(12)] if kind == "minimax_m2" else []
+    x = rows_of(41, dtype)
+    whole = router(x, *vectors)
+    own = type(router).__mro__[3].forward  # type: ignore[attr-defined]  # after RouterByRow and Native
+    for made, expected in zip(whole, own(router, x, *vectors), strict=True):
+        if dtype == torch.float32 or not made.is_floating_point():
+            assert (made == expected).float().mean() > 0.9 or same_but_for_rounding(made, expected)
+    for row in (0, 17, 40):
+        for made, alone in zip(whole, router(x[row : row + 1], *vectors), strict=True):
+            assert torch.equal(made[row : row + 1], alone)
