@@ -250,3 +250,14 @@ def test_weights_in_blocks_of_other_modules_are_decoded() -> None:
             expected = nn.functional.linear(x, rows.values(), module.bias)
             assert near(module(x), expected.double() * (2 if module is model["scaled"] else 1))
     assert torch.equal(model["looked_up"](torch.tensor([[3, 0]])), rows.values()[[3, 0]][None])
+
+
+def test_a_gate_of_a_row_depends_on_that_row_alone() -> None:
+    """torch's sigmoid of neighbours differs from that of one, so those of a gate with one output are no neighbours."""
+    gate = nn.Sequential(nn.Linear(16, 1)).requires_grad_(False)
+    use_fast_linears(gate, WORKERS)
+    x = torch.randn(3, 331, 16, generator=torch.Generator().manual_seed(0))
+    whole = torch.sigmoid(gate(x))
+    assert whole.shape == (3, 331, 1)
+    alone = [torch.sigmoid(gate(row.view(1, 1, -1))).view(1) for row in x.view(-1, 16)]
+    assert torch.equal(whole.view(-1), torch.cat(alone))
