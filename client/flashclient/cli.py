@@ -50,6 +50,10 @@ def _check_command(parser: argparse.ArgumentParser, arguments: list[str]) -> Non
     assert known is not None
     if not arguments:
         raise OptionError(f"a command is needed: {', '.join(known)}; see flashclient --help")
+    if arguments[0].startswith("-") and any(one in known for one in arguments[1:]):
+        flag, command = arguments[0].partition("=")[0], next(one for one in arguments[1:] if one in known)
+        if flag not in parser._option_string_actions:
+            raise OptionError(f"the command comes first: flashclient {command} ... {flag} ...")
     if not arguments[0].startswith("-") and arguments[0] not in known:
         raise OptionError(no_command("flashclient", arguments[0], list(known)))
 

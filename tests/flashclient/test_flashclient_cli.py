@@ -92,6 +92,13 @@ def test_json_is_one_object(address: str, capsys: pytest.CaptureFixture[str]) ->
         (["generate", "m", "p", "--dram", "1GiB"], 2, "--dram 1GiB is for a private weightd: pass --store too"),
         (["generate", "m", "p", "--window", "-1"], 2, "'-1' must be a whole number of at least 0"),
         (["generate", "m", "p", "--mode", "fast"], 2, "--mode 'fast' is not known: use 'auto' or 'exact' or 'predict'"),
+        (
+            ["--address", "a", "generate", "m", "p"],
+            2,
+            "the command comes first: flashclient generate ... --address ...",
+        ),
+        (["run", "./none", "--store", "/none"], 1, "no file or folder './none', and a model's name has no slash"),
+        (["run", "none", "--store", "/none"], 1, "no file or folder 'none', and there is no store at /none yet"),
         (["server"], 2, "did you mean 'flashclient serve'?"),
         (["generate", "m", "p", "--address", "unix:/nowhere/socket"], 1, "no weightd at unix:/nowhere/socket"),
     ],

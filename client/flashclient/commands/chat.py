@@ -18,7 +18,6 @@ from flashclient.commands.opening import open_client
 from flashclient.commands.sampling import add_sampling_flags, sampling_arguments, seed_sampling
 from flashclient.errors import FlashClientError, OptionError
 from flashclient.generation.conversation import Conversation, template_of_texts
-from flashclient.generation.prompts import require_tokenizer
 from flashclient.generation.stop_texts import until_stop
 from flashclient.standard_streams import complain, say
 
@@ -59,6 +58,8 @@ def run(options: argparse.Namespace) -> int:
     """The command, also after `flashclient run` has prepared the model."""
     arguments = sampling_arguments(options)
     with open_client(options, mode=options.mode, window=options.window, kv_dtype=options.kv_dtype) as client:
+        from flashclient.generation.prompts import require_tokenizer  # it needs torch, which the client has imported
+
         tokenizer = require_tokenizer(client.tokenizer, "its ids to generate() in Python")
         is_base = tokenizer.chat_template is None
         if is_base:

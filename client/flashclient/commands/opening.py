@@ -69,8 +69,10 @@ def _check_served(model: str, options: Options) -> None:
     """Raises the errors of a weightd or a model that is not there before torch is imported."""
     from flashclient.daemon.address import default_address
     from flashclient.daemon.channel import Connection
+    from flashclient.daemon.first_import import require_there
 
     if options.store is not None:  # the model may have to be imported first
+        require_there(Path(options.store).resolve(), model)
         return
     address = options.address or default_address(os.geteuid(), os.environ)
     connection = Connection(address, options.timeout_s, options.tls)

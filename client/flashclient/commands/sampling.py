@@ -22,6 +22,13 @@ def _number(text: str) -> float:
     return value
 
 
+def _probability(text: str) -> float:
+    value = _number(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"'{text}' must be a number from 0 to 1")
+    return value
+
+
 def _seed(text: str) -> int:
     value = not_negative(text)
     if value >= 2**63:
@@ -46,10 +53,12 @@ def add_sampling_flags(command: Any) -> None:
         help="number of new tokens (default: the model's own, or 256)",
     )
     command.add_argument("--temperature", type=_number, metavar="T", help="of sampling; 0 takes the likeliest token")
-    command.add_argument("--top-p", type=_number, metavar="P", help="sample from the likeliest tokens that sum up to P")
+    command.add_argument(
+        "--top-p", type=_probability, metavar="P", help="sample from the likeliest tokens that sum up to P"
+    )
     command.add_argument("--top-k", type=positive, metavar="K", help="sample from the K likeliest tokens")
     command.add_argument(
-        "--min-p", type=_number, metavar="P", help="sample from tokens at least P times as likely as the likeliest"
+        "--min-p", type=_probability, metavar="P", help="sample from tokens at least P times as likely as the likeliest"
     )
     command.add_argument(
         "--repetition-penalty", type=_number, metavar="R", help="above 1 makes tokens of the text so far less likely"

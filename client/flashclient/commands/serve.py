@@ -131,6 +131,8 @@ def _checked(options: argparse.Namespace) -> list[str]:
         raise OptionError(f"--sequences {options.sequences} is {most}")
     if len(options.models) > MODELS_MAX:
         raise OptionError(f"{len(options.models)} models are more than {MODELS_MAX}: start another server for the rest")
+    if twice := [name for name in options.models if options.models.count(name) > 1]:
+        raise OptionError(f"model '{twice[0]}' is given twice: give each once")
     if options.json:
         raise OptionError("--json is not for serve: leave it out")
     _check_adapters(options.lora_modules)

@@ -38,15 +38,27 @@ def import_if_new(store: Path, model: str, answering: AbstractContextManager[int
         ) from None
 
 
-def _imported(store: Path, model: str, answering: AbstractContextManager[int]) -> str:
-    exists = os.path.exists(model)  # noqa: PTH110
-    if not exists and is_hub_name(model):
-        return _stored_from(store, model) or _import(store, model, model, answering)
-    if not exists and "/" in model:
+def require_there(store: Path, model: str) -> None:
+    """Raises ModelNotFoundError where `model` can be neither a checkpoint nor in the store."""
+    if os.path.exists(model) or is_hub_name(model):  # noqa: PTH110
+        return
+    if "/" in model:
         raise ModelNotFoundError(
             f"no file or folder '{model}', and a model's name has no slash: pass the folder of a checkpoint, or "
             "ORGANISATION/NAME of a model on the hub"
         )
+    if not os.path.exists(store):  # noqa: PTH110
+        raise ModelNotFoundError(
+            f"no file or folder '{model}', and there is no store at {store} yet: pass the folder or the .gguf file of "
+            "a checkpoint, or ORGANISATION/NAME of a model on the hub"
+        )
+
+
+def _imported(store: Path, model: str, answering: AbstractContextManager[int]) -> str:
+    exists = os.path.exists(model)  # noqa: PTH110
+    if not exists and is_hub_name(model):
+        return _stored_from(store, model) or _import(store, model, model, answering)
+    require_there(store, model)
     if not exists or (_is_stored(store, model) and _stored_from(store, model) != model):
         return model
     return _import(store, model, os.path.abspath(model), answering)  # noqa: PTH100

@@ -118,14 +118,20 @@ class CompletionForm(AnswerForm):
         if not self._with_logprobs:
             return None
         texts = [self._token_text(one.token) for one in picked]
-        # Of tokens with the same text, the likeliest counts.
-        top = [{self._token_text(token): value for token, value in reversed(one.top)} for one in picked]
+        top = [self._by_text(one) for one in picked]
         return {
             "tokens": texts,
             "token_logprobs": [one.logprob for one in picked],
             "top_logprobs": top,
             "text_offset": list(accumulate(map(len, texts), initial=0))[:-1],
         }
+
+    def _by_text(self, picked: Picked) -> dict[str, float]:
+        """The likeliest first. Of tokens with the same text, the likeliest counts."""
+        values: dict[str, float] = {}
+        for token, value in picked.top:
+            values.setdefault(self._token_text(token), value)
+        return values
 
 
 class ChatForm(AnswerForm):

@@ -29,6 +29,9 @@ SAME_HERE = {
     "stop_sequences": "stop",
 }
 
+# By a field that an endpoint lacks: one that was sent instead, and the endpoint that takes it.
+OTHER_ENDPOINT = {"prompt": ("messages", "/v1/chat/completions"), "messages": ("prompt", "/v1/completions")}
+
 
 class Problem(Exception):
     """A request cannot be answered.
@@ -87,6 +90,9 @@ def refused(error: ValidationError, body: bytes) -> Problem:
     if fault["type"] == "extra_forbidden":
         remedy = f"use {SAME_HERE[where]}" if where in SAME_HERE else "leave it out"
         return Problem(400, f"this server does not know {where}: {remedy}", param, "unknown_parameter")
+    other, endpoint = OTHER_ENDPOINT.get(where, ("", ""))
+    if fault["type"] == "missing" and isinstance(given, dict) and other in given:
+        return Problem(400, f"this endpoint takes {where}: send {other} to {endpoint}", other)
     return Problem(400, f"{where}: {fault['msg'][:1].lower()}{fault['msg'][1:]}", param)
 
 

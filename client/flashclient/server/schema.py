@@ -20,6 +20,32 @@ TOOLS_MAX = 128
 PROMPT_TOKENS_MAX = 1 << 20
 COMPLETION_TOKENS_DEFAULT = 16  # of the interface
 
+# What clients of other servers send unasked, where it says what this server does anyway.
+SAID_ANYWAY: dict[str, tuple[Any, ...]] = {
+    "add_generation_prompt": (True,),
+    "add_special_tokens": (True,),
+    "best_of": (1,),
+    "cache_prompt": (True, False),  # what is kept changes no answer
+    "continue_final_message": (False,),
+    "dry_multiplier": (0,),
+    "dynatemp_range": (0,),
+    "early_stopping": (False,),
+    "echo": (False,),
+    "ignore_eos": (False,),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1,),
+    "min_tokens": (0,),
+    "mirostat": (0,),
+    "return_token_ids": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True, False),  # these are skipped
+    "stop_token_ids": ([],),
+    "tfs_z": (1,),
+    "typical_p": (1,),
+    "use_beam_search": (False,),
+    "xtc_probability": (0,),
+}
+
 Probability = Annotated[float, Field(ge=0, le=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Ids = Annotated[list[Annotated[int, Field(strict=True)]], Field(max_length=PROMPT_TOKENS_MAX, fail_fast=True)]
@@ -68,7 +94,9 @@ class SamplingBody(RequestPart):
     @model_validator(mode="before")
     @classmethod
     def _leave_out(cls, given: Any) -> Any:
-        """Null is kept for fields that are known: it is another thing than the default where a number is a limit.
+        """Leaves out fields that say nothing. Null is kept for those that are known.
+
+        It is another thing than the default where a number is a limit.
 
         Raises:
             Problem: true or false stands where a number is wanted.
@@ -78,7 +106,8 @@ class SamplingBody(RequestPart):
         for name, field in cls.model_fields.items():
             if isinstance(given.get(name), bool) and bool not in get_args(field.annotation):
                 raise Problem(400, f"{name} is neither true nor false: see the interface for what it may be", name)
-        return {name: value for name, value in given.items() if value is not None or name in cls.model_fields}
+        known = cls.model_fields
+        return {name: value for name, value in given.items() if name in known or not _says_nothing(name, value)}
 
     @property
     def stops(self) -> list[str]:
@@ -92,6 +121,10 @@ class SamplingBody(RequestPart):
     def chosen(self) -> dict[str, Any]:
         """The fields of Sampling that the request sets."""
         return {name: getattr(self, name) for name in SAMPLING_FIELDS if getattr(self, name) is not None}
+
+
+def _says_nothing(name: str, value: Any) -> bool:
+    return value is None or value in SAID_ANYWAY.get(name, ())
 
 
 class CompletionBody(SamplingBody):

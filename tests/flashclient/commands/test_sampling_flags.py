@@ -44,7 +44,16 @@ def test_flags_that_exclude_each_other() -> None:
 
 
 @pytest.mark.parametrize(
-    "flags", [("--temperature", "hot"), ("--temperature", "-1"), ("--top-p", "nan"), ("--top-k", "0"), ("--stop", "")]
+    "flags",
+    [
+        ("--temperature", "hot"),
+        ("--temperature", "-1"),
+        ("--top-p", "nan"),
+        ("--top-p", "2"),
+        ("--min-p", "1.1"),
+        ("--top-k", "0"),
+        ("--stop", ""),
+    ],
 )
 def test_bad_values(flags: tuple[str, ...]) -> None:
     with pytest.raises(argparse.ArgumentError):

@@ -234,7 +234,7 @@ def test_a_lock_file_that_outlived_its_daemon_counts_for_nothing(store: Path) ->
 def test_what_the_daemon_says_is_the_error(store: Path) -> None:
     with pytest.raises(StartError, match=rf"cannot start weightd for {store}: dram=1KiB is too small"):
         FlashClient("tiny", store=store, dram="1KiB")
-    with pytest.raises(StartError, match=r"cannot start weightd for .*/missing: "):
+    with pytest.raises(ModelNotFoundError, match=r"no file or folder 'tiny', and there is no store at .*/missing yet"):
         FlashClient("tiny", store=store / "missing")
 
 

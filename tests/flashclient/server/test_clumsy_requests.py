@@ -11,7 +11,10 @@ import pytest
 from checkpoints import make_checkpoint
 from daemon import serving
 from openai_servers import server_of
+from pydantic import ValidationError
 
+from flashclient.server.problems import refused
+from flashclient.server.schema import SAID_ANYWAY, ChatBody, CompletionBody, SamplingBody
 from weightd import cli
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }};{% endfor %}a:"
@@ -105,3 +108,32 @@ def test_roles_of_the_interface_and_those_that_the_template_writes_are_answered(
     for role in ("system", "developer", "user", "assistant", "wizard"):
         status, answer = asked(address, CHATS, {"messages": [{"role": role, "content": "Be", "name": "f"}, *HI]})
         assert status == 200, answer
+
+
+@pytest.mark.parametrize("path", [CHATS, COMPLETIONS])
+def test_what_is_done_anyway_may_be_said(address: str, path: str) -> None:
+    for name, values in SAID_ANYWAY.items():
+        for value in values:
+            status, answer = asked(address, path, {name: value})
+            assert status == 200, answer
+    status, answer = asked(address, path, {"ignore_eos": True})
+    assert (status, answer["error"]["param"]) == (400, "ignore_eos")
+
+
+def test_the_endpoint_of_a_field_is_named() -> None:
+    kind: type[SamplingBody]
+    for kind, sent, message in (
+        (CompletionBody, {"messages": HI}, "this endpoint takes prompt: send messages to /v1/chat/completions"),
+        (ChatBody, {"prompt": "Hi"}, "this endpoint takes messages: send prompt to /v1/completions"),
+    ):
+        body = json.dumps({"model": CHAT, **sent}).encode()
+        with pytest.raises(ValidationError) as raised:
+            kind.model_validate_json(body)
+        assert refused(raised.value, body).message == message
+
+
+def test_the_likeliest_alternative_comes_first(address: str) -> None:
+    status, answer = asked(address, COMPLETIONS, {"logprobs": 5})
+    assert status == 200, answer
+    for values in answer["choices"][0]["logprobs"]["top_logprobs"]:
+        assert list(values.values()) == sorted(values.values(), reverse=True)
