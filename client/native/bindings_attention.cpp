@@ -150,9 +150,11 @@ void attend(const Attention& attention, const Rows& query, const Rows& key, cons
     const bool blocks = in_blocks(key.dtype());
     AttentionShape shape{query.shape(0), query.shape(1), key.shape(1), query.shape(2), key.shape(2),
                          query.shape(3), out.shape(3),   scale,        blocks,         softcap};
+    require(softcap >= 0, "softcap must be 0 or more, not " + std::to_string(softcap));
     if (sinks) {
         require(sinks->dtype() == nb::dtype<float>() && sinks->shape(0) == shape.heads,
-                "sinks must be float32, one of each head");
+                "sinks must be float32, one of each of " + std::to_string(shape.heads) + " heads, not " +
+                    std::to_string(sinks->shape(0)));
         shape.sinks = static_cast<const float*>(aligned(*sinks, "sinks").data());
     }
     require(shape.key_heads > 0 && shape.heads % shape.key_heads == 0, "heads must be a multiple of key heads");
@@ -186,9 +188,8 @@ void bind_kernel(nb::module_& module) {
              "any strides between rows. mask [sequences, heads, tokens, keys], 1 where it is the same for all: "
              "bool (False: masked) or float32 (added; -inf: masked). causal, without a mask: token t attends to the "
              "keys up to t. out [sequences, tokens, heads, elements of a value]. key and value may be uint8: rows in "
-             "blocks of Q8_0, with zeros up to a whole block. Scores beyond softcap are bent, 0 bends none. sinks "
-             "[heads] "
-             "float32 are scores without a value.")
+             "blocks of Q8_0, with zeros up to a whole block. Scores become softcap * tanh(score / softcap), 0: they "
+             "stay. sinks [heads] float32 are scores without a value.")
         .def_prop_ro("instruction_set", &Attention::instruction_set);
 }
 

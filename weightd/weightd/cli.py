@@ -11,7 +11,7 @@
     weightd install-service [--user]         (weightd.machine.service)
     weightd top [--address ADDR] [--tls-ca FILE [--tls-cert FILE --tls-key FILE]]     (weightd.watching.top)
 
-The exit status is 0, 1 (failed) or 2 (wrong usage). With --json, standard output is one JSON object and nothing else.
+The exit status is 0, 1 (failed), 2 (wrong usage) or 128 + a signal. With --json, standard output is one JSON object.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Which sequences advance in a step. One thread runs the model; requests come from any thread.
 
 Sequences join and leave between steps. The prompt of a new one is computed in chunks, one between two steps of the
-others, so that nobody waits for a long prompt; short prompts share a chunk. What a request gets does not depend on the
+others, so that nobody waits for a long prompt; short prompts share a chunk. (One that rotates by the factors of long
+texts is one chunk.) What a request gets does not depend on the
 others: a row of a pass is the same, bit for bit, whatever is beside it.
 """
 

@@ -25,7 +25,7 @@ class TimedCalls:
         self._thread = threading.Thread(target=self._run, name="flashclient-device", daemon=True)
 
     def __call__(self, call: Callable[[], None]) -> None:
-        """Raises the call's OSError, and one with ETIMEDOUT where it takes too long, or another one does still."""
+        """Raises what the call raises, and OSError with ETIMEDOUT where it, or still the one before, takes too long."""
         if self.hangs:
             raise OSError(errno.ETIMEDOUT, f"the device has given no answer for {self._within_s:g} s")
         if self._thread.ident is None:
@@ -49,14 +49,18 @@ class TimedCalls:
         while (asked := self._asked.get()) is not None:
             try:
                 asked.call()
-            except OSError as error:
+            except BaseException as error:  # whoever waits raises it
                 asked.error = error
-            finally:
-                asked.done.set()
+            asked.call = _nothing  # or its memory would live until the next call
+            asked.done.set()
 
 
 class _Timed:
     def __init__(self, call: Callable[[], None]) -> None:
         self.call = call
         self.done = threading.Event()
-        self.error: OSError | None = None
+        self.error: BaseException | None = None
+
+
+def _nothing() -> None:
+    """A call that was made."""

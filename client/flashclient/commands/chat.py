@@ -89,7 +89,7 @@ class _Chat:
         self._commands: dict[str, Callable[[str], None]] = {
             "help": lambda _: say(_help(is_base)),
             "system": self._begin,
-            "more": lambda _: self._say(""),
+            "more": lambda _: self._more(),
             "reset": lambda _: self._begin(self._conversation.system),
             "undo": self._undo,
             "again": self._again,
@@ -153,6 +153,12 @@ class _Chat:
                 return text
             if not line.endswith(CONTINUES):
                 lines = []
+
+    def _more(self) -> None:
+        if self._conversation.turns:
+            self._say("")
+        else:
+            say("there is no text yet: type its beginning")
 
     def _say(self, text: str) -> None:
         pieces = self._conversation.say(text)

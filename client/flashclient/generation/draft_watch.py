@@ -20,7 +20,8 @@ TRIED_PASSES = 3  # of one way, before it is judged; the first is not measured, 
 FIRST_STAY_PASSES = 24  # with the better way, before the other is tried again
 STAY_PASSES_MAX = 384
 MEASURED_PASSES = 8  # of each way: the last ones count
-DRAFT_TOKENS_MAX = 64  # of a pass: more are rare
+DRAFT_TOKENS_LEAST = 64  # that a pass is taken to draft; schedules of transformers' change the number
+DRAFT_LENGTHS = ("num_assistant_tokens", "num_output_tokens")  # of transformers' two kinds of drafts
 ACCEPTED_LEAST = 1.0  # tokens of a pass, on average, for which sampling goes on with drafts
 
 
@@ -123,7 +124,8 @@ def _watch(generator: Any, watch: DraftWatch, is_long: Callable[[int], bool]) ->
         nonlocal drafted, began_long
         length = input_ids.shape[1]
         began_long = is_long(length) if began_long is None else began_long
-        drafted = watch.drafts(length) and is_long(length + DRAFT_TOKENS_MAX) == began_long
+        most = max(DRAFT_TOKENS_LEAST, *(getattr(generator, name, None) or 0 for name in DRAFT_LENGTHS))
+        drafted = watch.drafts(length) and is_long(length + most) == began_long
         return get(input_ids, *positional, **named) if drafted else (input_ids, None)
 
     def update_candidate_strategy(*positional: Any, **named: Any) -> None:

@@ -36,8 +36,8 @@ class ResidentLinear(nn.Linear):
         y = torch.empty(len(rows), self.out_features, dtype=x.dtype, device="cpu")
         bias = None if self.bias is None else array_of(self.bias)
         self.kernels[x.dtype].project(matrix_of(self.weight), bias, array_of(rows), array_of(y))
-        if self.out_features == 1:
-            y = _apart(y)
+        if self.out_features == 1:  # the gate of a shared expert, which a sigmoid follows
+            y = apart(y)
         return y.view(*x.shape[:-1], self.out_features)
 
     def _is_for_kernel(self, x: Tensor) -> bool:
@@ -45,13 +45,13 @@ class ResidentLinear(nn.Linear):
         return fits and has_plain_weights(self, x, BIAS_DTYPES)
 
 
-def _apart(y: Tensor) -> Tensor:
-    """The same [rows, 1], no two side by side.
+def apart(x: Tensor) -> Tensor:
+    """The same values, no two side by side.
 
-    A gate of a shared expert is the sigmoid of it. torch computes the sigmoid of neighbours in groups, and of the last
-    ones by other code, so a row would depend on the number of rows.
+    torch computes functions of neighbours (sigmoid, softmax) in groups, and of the last ones by other code, so a row
+    would depend on the number of rows.
     """
-    return torch.cat([y, y], dim=1)[:, :1]
+    return torch.stack([x, x], dim=-1)[..., 0]
 
 
 def use_fast_linears(model: nn.Module, workers: Workers, instruction_set: str | None = None) -> int:

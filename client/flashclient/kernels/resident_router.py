@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from flashclient._native import Linear, Router, Routers, Workers
 from flashclient.kernels.arrays import KernelOf, array_of
 from flashclient.kernels.dtypes import KERNEL_DTYPES
-from flashclient.kernels.resident_linear import ResidentLinear
+from flashclient.kernels.resident_linear import ResidentLinear, apart
 from flashclient.kernels.trials import (
     Native,
     has_plain_weights,
@@ -114,7 +114,7 @@ class _ByRow(TorchFunctionMode):
                 self.products += 1
                 return made
         if function in BY_ELEMENT and args:
-            args = (_apart(args[0]), *args[1:])
+            args = (apart(args[0]), *args[1:])
         return function(*args, **named)
 
     def _product(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
@@ -126,11 +126,6 @@ class _ByRow(TorchFunctionMode):
         added = None if bias is None else array_of(bias)
         self._kernels[rows.dtype].project(array_of(weight), added, array_of(rows), array_of(y))
         return y.view(*input.shape[:-1], len(weight))
-
-
-def _apart(x: Tensor) -> Tensor:
-    """The same values, no two side by side: torch computes neighbours in groups, and the last ones by other code."""
-    return torch.stack([x, x], dim=-1)[..., 0]
 
 
 class RouterByRow(Native):

@@ -57,7 +57,7 @@ class _KeptFiles(Collector):
         fetched = _count("fetched_tokens", "Tokens of prompts whose keys and values were read from flash.")
         read = _count("file_read_bytes", "Keys and values read from flash.")
         written = _count("file_written_bytes", "Keys and values written to flash.")
-        damaged = _count("file_damaged", "Reads of keys and values that failed or differed from their checksum.")
+        damaged = _count("file_damaged", "Reads of keys and values that failed, hung, or differed from their checksum.")
         for name, scheduler in self._schedulers.items():
             file = scheduler.kept_file
             if file is not None:

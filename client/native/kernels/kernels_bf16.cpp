@@ -121,7 +121,8 @@ KERNEL void dots_of_many(const void* const* rows, size_t row_count, const Packed
     ChainsOfColumns chains;
     for (size_t i = 0; i < row_count; i += ROWS_OF_MANY) {
         const RowTile<ROWS_OF_MANY> tile(rows, row_count, i, 1);
-        for (size_t begin = 0; begin < lines; begin += STRETCH) {
+        size_t begin = 0;
+        do {  // once at least, which clears the chains
             const size_t end = std::min(begin + STRETCH, lines);
             for (size_t c = 0; c < count; c += COLUMNS_TOGETHER) {
                 const size_t from = row_of_tile(c), to = row_of_tile(c + COLUMNS_TOGETHER);
@@ -141,7 +142,8 @@ KERNEL void dots_of_many(const void* const* rows, size_t row_count, const Packed
                         chains.add<COLUMNS_TOGETHER>(tile, fetched, c, of_tile, begin, end, hidden);
                 }
             }
-        }
+            begin = end;
+        } while (begin < lines);
         x.store_tile<ROWS_OF_MANY>(chains.of, std::min(ROWS_OF_MANY, row_count - i), dots + i * x.tokens);
     }
 }

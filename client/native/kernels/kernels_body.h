@@ -9,6 +9,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -36,7 +37,8 @@ constexpr size_t AHEAD_BYTES = 8192;  // of one token's rows, fetched before the
 constexpr size_t BLOCK_ROWS = 96;
 constexpr size_t BLOCK_ELEMENTS = 4096;  // of x, for all tokens of a tile: half of an L1 cache
 constexpr size_t TERMS = 16;             // down columns that are added together for several tokens
-constexpr size_t TERM_ELEMENTS = 576;    // of them: half of an L1 cache, whole steps of all instruction sets
+constexpr size_t FEW_TERMS = 4;          // the same where there are fewer
+constexpr size_t TERM_ELEMENTS = 512;    // of them: half of an L1 cache in 16 bit
 static_assert(BLOCK_ELEMENTS / TOKENS_MAX % LINE_BYTES == 0);
 
 // Into the L2 cache, which has more misses under way than L1: that reads memory up to 1.5 times as fast.
@@ -219,11 +221,10 @@ KERNEL void accumulate_one(const void* const* rows, const float* h, size_t row_c
     for (; k < row_count; k++) accumulate_rows<dtype, 1>(rows + k, h + k, begin, end, y, rows + k);
 }
 
-// Some rows of down, their h for a tile of tokens, and the rows that are fetched meanwhile.
+// Some rows of down, and their h for a tile of tokens.
 template <size_t rows, size_t tokens>
 struct Terms {
     const void* const* row;
-    const void* const* ahead;
     float h[rows][tokens];
 };
 
@@ -259,15 +260,16 @@ LANE void accumulate_terms(const Terms<rows, tokens>& terms, size_t j, size_t so
     }
 }
 
-// The same for all tokens, a tile after the other, on [begin, end). A tile at the edge repeats its last token, and
-// stores it again.
+// The same for all tokens, a tile after the other, on [begin, end), while the rows `ahead` are fetched. A tile at the
+// edge repeats its last token, and stores it again.
 template <Dtype dtype, size_t rows>
 KERNEL void accumulate_tiles(const void* const* row, const void* const* ahead, const float* h, size_t tokens,
                              size_t hidden, size_t begin, size_t end, float* y) {
-    constexpr size_t TOKENS = Lane::TILE_TOKENS, LANES = Lane::TILE_ROWS;
+    constexpr size_t TOKENS = Lane::TILE_TOKENS, LANES = std::bit_floor(Lane::TILE_ROWS);
     constexpr size_t STEP = LANES * Lane::WIDTH, LINE = LINE_BYTES / bytes_of(dtype);
+    static_assert(TERM_ELEMENTS % STEP == 0);
     for (size_t t = 0; t < tokens; t += TOKENS) {
-        Terms<rows, TOKENS> terms{row, ahead, {}};
+        Terms<rows, TOKENS> terms{row, {}};
         float* of_token[TOKENS];
         for (size_t c = 0; c < TOKENS; c++) {
             const size_t token = std::min(t + c, tokens - 1);
@@ -299,11 +301,15 @@ KERNEL void accumulate(const void* const* rows, const float* h, size_t row_count
     }
     size_t k = 0;
     for (; k + TERMS <= row_count; k += TERMS) {
-        const size_t next = k + 2 * TERMS <= row_count ? k + TERMS : k;
+        const void* ahead[TERMS];
+        for (size_t r = 0; r < TERMS; r++) ahead[r] = rows[std::min(k + TERMS + r, row_count - 1)];
         for (size_t j = begin; j < end; j += TERM_ELEMENTS) {
-            accumulate_tiles<dtype, TERMS>(rows + k, rows + next, h + k * tokens, tokens, hidden, j,
+            accumulate_tiles<dtype, TERMS>(rows + k, ahead, h + k * tokens, tokens, hidden, j,
                                            std::min(j + TERM_ELEMENTS, end), y);
         }
+    }
+    for (; k + FEW_TERMS <= row_count; k += FEW_TERMS) {
+        accumulate_tiles<dtype, FEW_TERMS>(rows + k, rows + k, h + k * tokens, tokens, hidden, begin, end, y);
     }
     for (; k < row_count; k++) {
         accumulate_tiles<dtype, 1>(rows + k, rows + k, h + k * tokens, tokens, hidden, begin, end, y);

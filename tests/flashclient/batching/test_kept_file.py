@@ -13,6 +13,7 @@ import torch
 
 from flashclient.batching import kept_file
 from flashclient.batching.kept_file import PAGE_BYTES, KeptFile
+from flashclient.batching.timed_calls import TimedCalls
 
 STATES = [(torch.ones(1, 10, PAGE_BYTES // 40), torch.zeros(1, 1, 1))]  # two pages
 
@@ -76,20 +77,21 @@ def test_a_device_that_hangs_is_waited_for_once(
         assert answers.wait(60)
         return int(works(*arguments))
 
-    monkeypatch.setattr(kept_file, "ANSWER_S", 0.2)
     monkeypatch.setattr(kept_file, "RETRY_S", 0.0)
     file = KeptFile(tmp_path, 10 * PAGE_BYTES)
     places = [file.write(STATES) for _ in range(3)]
     monkeypatch.setattr(os, call, hanging)
+    monkeypatch.setattr(file._timed, "_within_s", 0.2)
     for place in places:
         assert place is not None
         assert (file.read(place) if call == "preadv" else file.write(STATES)) is None
     assert len(calls) == 1
     assert len(caplog.messages) == 1
     assert caplog.messages[0].endswith("the device gave no answer within 0.2 s")
+    monkeypatch.setattr(file._timed, "_within_s", 60.0)
     answers.set()
-    while file._timed.hangs:
-        answers.wait(0.01)
+    assert file._timed._last is not None
+    assert file._timed._last.done.wait(60)
     for place in places:
         assert place is not None
         read = file.read(place)
@@ -97,3 +99,16 @@ def test_a_device_that_hangs_is_waited_for_once(
         assert torch.equal(read[0][0], STATES[0][0])
     assert file.write(STATES) is not None
     file.close()
+
+
+def test_an_error_of_any_kind_reaches_the_caller_and_ends_nothing() -> None:
+    calls, made = TimedCalls(60.0), []
+
+    def fail() -> None:
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        calls(fail)
+    calls(lambda: made.append(1))
+    assert made == [1]
+    calls.close()

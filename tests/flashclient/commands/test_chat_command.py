@@ -89,7 +89,7 @@ def test_an_error_in_a_script_ends_it(daemon: Daemon) -> None:
 
 
 def test_a_base_model_continues_the_text(daemon: Daemon) -> None:
-    lines = "Once there\n/more\nand\n/undo\n/system be brief\n/help\n/reset\nOnce there\n"
+    lines = "Once there\n/more\nand\n/undo\n/system be brief\n/help\n/reset\n/more\nOnce there\n"
     flags = ("--max-new-tokens", "4", "--temperature", "0")
     done = run_here(main, "flashclient", "chat", "tiny-base", "--address", daemon.address, *flags, input=lines)
     assert done.returncode == 0, done.stderr
@@ -101,7 +101,7 @@ def test_a_base_model_continues_the_text(daemon: Daemon) -> None:
             text += pieces[-1] + (typed or "")
     said = done.stdout
     assert said.startswith("".join(f"{piece}\n" for piece in pieces) + "removed: and\nthere is no command /system")
-    assert said.endswith(f"\na new text\n{pieces[0]}\n")
+    assert said.endswith(f"\na new text\nthere is no text yet: type its beginning\n{pieces[0]}\n")
     assert "/more " in said
     assert "/system TEXT" not in said
 

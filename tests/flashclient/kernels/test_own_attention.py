@@ -110,9 +110,13 @@ def test_weights_masks_and_gradients_are_those_of_transformers(kind: str) -> Non
     for mask in (torch.ones(1, 1, 12, 12).tril().bool(), torch.randn(1, 1, 12, 12)):  # whatever a user gives
         made, expected = (model(ids, attention_mask=mask).logits for model in (native, plain))
         assert torch.allclose(made, expected, rtol=1e-4, atol=1e-4)
-    native.lm_head.weight.requires_grad_(True)
-    native(ids).logits.sum().backward()
-    assert native.lm_head.weight.grad is not None
+    gradients = []
+    for model in (native, plain):
+        weight = model.model.layers[0].self_attn.q_proj.weight.requires_grad_(True)
+        model(ids).logits.square().sum().backward()
+        gradients.append(weight.grad)
+    assert torch.allclose(gradients[0], gradients[1], rtol=1e-3, atol=1e-4)
+    assert gradients[0].abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("instruction_set", AVAILABLE)

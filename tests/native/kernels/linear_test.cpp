@@ -92,7 +92,7 @@ void LinearBitsOf16::check(size_t exact, size_t of) {
 
 TEST_P(LinearBits, RowsTimesBlocksHaveTheSameBitsInAnyNumber) {
     Workers workers(2);
-    constexpr size_t ROWS_HERE = 37, COLUMNS_HERE = 768, TOKENS = 23;
+    constexpr size_t ROWS_HERE = 37, COLUMNS_HERE = 2048, TOKENS = 23;
     const std::vector<float> x = random_floats(TOKENS * COLUMNS_HERE, 3);
     const Linear linear(workers, Dtype::f32, GetParam());
     for (size_t format = 0; format < std::size(weightd::BLOCK_FORMATS); format++) {
@@ -111,6 +111,39 @@ TEST_P(LinearBits, RowsTimesBlocksHaveTheSameBitsInAnyNumber) {
             const std::vector<float> some = multiply(first, tokens);
             EXPECT_TRUE(std::equal(some.begin(), some.end(), all.begin() + static_cast<ptrdiff_t>(first * ROWS_HERE)))
                 << name << " " << tokens;
+        }
+    }
+}
+
+// Rows so long that parts of them are computed while others are fetched, and that sums are kept between stretches.
+TEST_P(LinearBits, LongRowsHaveTheSameBitsInAnyNumber) {
+    Workers workers(1);
+    constexpr size_t LONG = 2085, TOKENS = 17;
+    std::vector<float> x = random_floats(TOKENS * LONG, 5);
+    for (size_t i = 0; i < 12 * LONG; i++) x[i] = std::bit_cast<float>(std::bit_cast<uint32_t>(x[i]) & 0xffff0000U);
+    const Linear linear(workers, Dtype::bf16, GetParam());
+    for (const size_t rows : {1, 5, 40}) {
+        const std::vector<uint16_t> weight = [&] {
+            std::vector<uint16_t> made(rows * LONG);
+            const std::vector<float> values = random_floats(made.size(), 6);
+            kernels_for(Dtype::bf16, GetParam()).downcast(values.data(), made.size(), made.data());
+            return made;
+        }();
+        const auto multiply = [&](size_t first, size_t tokens) {
+            std::vector<float> y(tokens * rows);
+            linear.multiply({weight.data(), rows, LONG}, x.data() + first * LONG, tokens, y.data());
+            return y;
+        };
+        const std::vector<float> all = multiply(0, TOKENS);
+        for (size_t t = 0; t < TOKENS; t++) {
+            const std::vector<float> one = multiply(t, 1);
+            EXPECT_TRUE(std::equal(one.begin(), one.end(), all.begin() + static_cast<ptrdiff_t>(t * rows)));
+            double dot = 0.0;
+            for (size_t j = 0; j < LONG; j++) {
+                const float value = std::bit_cast<float>(static_cast<uint32_t>(weight[j]) << 16);
+                dot += static_cast<double>(x[t * LONG + j]) * static_cast<double>(value);
+            }
+            EXPECT_NEAR(one[0], dot, 1e-3);
         }
     }
 }

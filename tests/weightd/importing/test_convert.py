@@ -398,7 +398,6 @@ from pathlib import Path
 import torch, gguf, gguf.quants
 from weightd.checkpoint.opening import open_checkpoint
 from weightd.importing.convert import import_checkpoint
-from weightd.sizes import parse_size
 from weightd.store.store import Store
 import weightd.checkpoint.folder, weightd.checkpoint.gguf, weightd.disk.safetensors_file
 
