@@ -140,7 +140,7 @@ def test_softcaps_and_sinks_are_the_formula(instruction_set: str, causal: bool) 
 
 def test_a_sink_of_another_shape_is_refused() -> None:
     one = torch.zeros(1, 2, 1, 8).numpy()
-    with pytest.raises(ValueError, match="one of each head"):
+    with pytest.raises(ValueError, match="one of each of 2 heads, not 8"):
         Attention(WORKERS, "F32").attend(
             one, one, one, None, False, 1.0, one.transpose(0, 2, 1, 3).copy(), sinks=one[0, 0, 0]
         )
