@@ -2,10 +2,7 @@
 #include "kernels/kernels.h"
 
 #if defined(__x86_64__)
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // false in GCC 12's own header (its bug 105593)
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#endif
+#include "vectors/intrinsics.h"
 #define KERNEL \
     __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,avx2,bmi2,fma,f16c,popcnt")))
 #define LANE KERNEL __attribute__((always_inline)) inline

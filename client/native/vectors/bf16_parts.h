@@ -2,11 +2,11 @@
 // include this define KERNEL and LANE before, as kernels_body.h says, and include kernels/kernels.h.
 #pragma once
 
-#include <immintrin.h>
-
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+
+#include "vectors/intrinsics.h"
 
 namespace flashclient {
 namespace {

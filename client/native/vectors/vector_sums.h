@@ -1,9 +1,9 @@
 // Sums of the lanes of vectors of AVX-512, for files that define KERNEL and LANE before, as kernels_body.h says.
 #pragma once
 
-#include <immintrin.h>
-
 #include <cstddef>
+
+#include "vectors/intrinsics.h"
 
 namespace flashclient {
 namespace {
