@@ -2,8 +2,8 @@
 
 Sequences join and leave between steps. The prompt of a new one is computed in chunks, one between two steps of the
 others, so that nobody waits for a long prompt; short prompts share a chunk. (One that rotates by the factors of long
-texts is one chunk.) What a request gets does not depend on the
-others: a row of a pass is the same, bit for bit, whatever is beside it.
+texts is one chunk.) What a request gets does not depend on the others: a row of a pass is the same, bit for bit,
+whatever is beside it.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ class _Prompts:
         owners = [request.owner for request in requests]
         self.cache = kept.begin([request.tokens for request in requests], self._done, owners)
         for request, start in zip(requests, self._done, strict=True):
-            request.kept_tokens = start if request.made == 0 else request.kept_tokens
+            if request.made == 0:
+                request.kept_tokens = start
 
     @property
     def tokens(self) -> int:
@@ -330,7 +331,7 @@ class Scheduler:
         columns = max(len(request.prompt) + request.tokens_max for request in (*beside, self._waiting[0]))
         in_memory = not beside or rows * columns <= self._cache_tokens_max
         long = self._is_long(self._waiting[0])
-        alike = all(long == one for one in [self._are_long] * bool(self._running) + [*map(self._is_long, chosen)])
+        alike = all(long == self._is_long(one) for one in chosen) and (not self._running or long == self._are_long)
         in_one_pass = not chosen or (not long and self._in_a_chunk(together))
         return rows <= self._sequences_max and in_memory and alike and in_one_pass
 

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,7 @@ class LoadedModel:
         tokens: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         return tokens
 
-    @property
+    @cached_property  # asked for each row of each step
     def short_tokens(self) -> int | None:
         """The longest sequence whose tokens rotate by short factors. All tokens of longer ones do by long factors.
 
